@@ -354,8 +354,8 @@ def _check_file(folder: Path, file: FileRecord) -> list[str]:
         if file.data_start is not None:
             return _check_header(file, opened.read(file.data_start))
         return [
-            f"{file.name}: damaged in the block of {BLOCK_BYTES} bytes at {i * BLOCK_BYTES}: checksum expected {expected}, "
-            f"found {digest}; copy it again"
+            f"{file.name}: damaged in the block of {BLOCK_BYTES} bytes at {i * BLOCK_BYTES}: "
+            f"checksum expected {expected}, found {digest}; copy it again"
             for i, expected in enumerate(file.blocks)
             if (digest := xxhash.xxh3_128_hexdigest(opened.read(BLOCK_BYTES))) != expected
         ]
