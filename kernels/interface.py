@@ -1,0 +1,112 @@
+"""The contract between the networks and the hardware: what every backend computes, with fixed layouts.
+
+Letters: B batch or slots, S query length, T flat tokens, K key length, N heads of any kind, H query heads, G key/value
+heads, D head_dim, C channels, F feed-forward, L frames or samples. Functions are pure unless the docstring names what
+they write. A backend never changes a dtype beyond what is said here. `reference.py` is the contract as plain float32
+PyTorch; a backend that lacks a fused version names another backend's function, so that gaps can be counted.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Kernels(Protocol):
+    """One backend. Passed to the constructors of the networks, never looked up."""
+
+    name: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x @ weight.T + bias: [..., C_out]. x: [..., C_in]; weight: [C_out, C_in]; bias: [C_out]. One dtype."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return RMSNorm(x) * weight, like x. x: [T, C]; weight: [C].
+
+        The mean of squares runs in float32; the normed value is cast to x.dtype before the weight.
+        Source: transformers Qwen2RMSNorm; arXiv 1910.07467.
+        """
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return (normed, summed): summed = x + residual rounded to x.dtype, normed = rms_norm(summed, weight, eps)."""
+        ...
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Return LayerNorm(x) * weight + bias, like x. x: [..., C]; weight, bias: [C] in x.dtype or float32.
+
+        An adaptive norm of a DiT is this function with weight = 1 + scale and bias = shift.
+        """
+        ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return x rotated in the half form: x * cos + rotate_half(x) * sin, contiguous. Does not write x.
+
+        x: [B, S, N, D], q and k heads together, may be a strided view; cos, sin: [B or 1, S, 1, D] in x.dtype, both
+        halves filled.
+        """
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up: [T, F]. gate_up: [T, 2F], gate first, contiguous."""
+        ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return GELU(x) in the erf form, like x."""
+        ...
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """Return GELU(x) in the tanh form, like x."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Return softmax(scale * q k^T) v without a mask: [B, S, H, D]. q, k, v: [B, S, H, D], may be strided views."""
+        ...
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+        """Write k and v into the caches. k, v: [T, G, D]; caches: [B, G, K_max, D], written in place.
+
+        rows: [T * G] int64 on the device, the row of (token, kv head) in the cache seen as [B * G * K_max, D]; no row twice.
+        """
+        ...
+
+    def prefill_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, length: int, scale: float
+    ) -> Tensor:
+        """Return causal grouped-query attention of the last S tokens of one slot: [S, H, D].
+
+        q: [S, H, D], the queries of positions length - S .. length - 1; caches: [B, G, K_max, D], of which slot's first
+        `length` rows are read. Query head h reads kv head h // (H // G). The mask is anchored bottom-right.
+        """
+        ...
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float
+    ) -> Tensor:
+        """Return grouped-query attention of one token a slot: [B, H, D].
+
+        q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new token's
+        own included. Rows past a length are not read.
+        """
+        ...
+
+    def conv1d(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+    ) -> Tensor:
+        """Return the 1-D convolution as torch.nn.functional.conv1d: [B, C_out, L_out]. x: [B, C_in, L]."""
+        ...
+
+    def conv_transpose1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
+        """Return the transposed 1-D convolution: [B, C_out, (L - 1) * stride - 2 * padding + kernel]. weight: [C_in, C_out, kernel]."""
+        ...
+
+    def anti_aliased_snake(
+        self, x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
+    ) -> Tensor:
+        """Return SnakeBeta computed at twice the rate: [B, C, L]. x: [B, C, L]; alpha, inverse_beta: [C]; up, down: 12 taps.
+
+        Upsample by 2 (replicate-pad 5 and 5, transposed convolution with `up`, times 2, crop 15 and 15), then
+        x + sin(alpha * x)^2 * inverse_beta, then downsample by 2 (replicate-pad 5 and 6, convolution with `down`, stride 2).
+        Source: arXiv 2206.04658 (BigVGAN), section 3.2.
+        """
+        ...

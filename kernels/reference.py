@@ -1,0 +1,106 @@
+"""The contract of interface.py in plain PyTorch with float32 inside: the oracle that every other backend is measured by.
+
+Written to be read beside the docstrings of `Kernels`; nothing here is meant to be fast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+name = "reference"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return rms_norm(summed, weight, eps), summed
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * weight.float() + bias.float()).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos.float() + rotated * sin.float()).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * 0.5 * (1 + torch.erf(wide / 2**0.5))).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * scale
+    return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    head_dim = k.shape[-1]
+    k_cache.view(-1, head_dim)[rows] = k.reshape(-1, head_dim)
+    v_cache.view(-1, head_dim)[rows] = v.reshape(-1, head_dim)
+
+
+def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, length: int, scale: float) -> Tensor:
+    num_queries, num_heads, _ = q.shape
+    groups = num_heads // k_cache.shape[1]
+    k = k_cache[slot, :, :length].float().repeat_interleave(groups, dim=0)  # [H, K, D]
+    v = v_cache[slot, :, :length].float().repeat_interleave(groups, dim=0)
+    scores = torch.einsum("shd,hkd->hsk", q.float(), k) * scale
+    attended = torch.ones(num_queries, length, dtype=torch.bool, device=q.device).tril(length - num_queries)
+    return torch.einsum("hsk,hkd->shd", scores.masked_fill(~attended, -torch.inf).softmax(-1), v).to(q.dtype)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
+    rows = [
+        prefill_attention(q[slot : slot + 1], k_cache, v_cache, slot, length, scale)
+        for slot, length in enumerate(lengths)
+    ]
+    return torch.cat(rows)
+
+
+def conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> Tensor:
+    wide = None if bias is None else bias.float()
+    return F.conv1d(x.float(), weight.float(), wide, stride, padding, dilation, groups).to(x.dtype)
+
+
+def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
+    wide = None if bias is None else bias.float()
+    return F.conv_transpose1d(x.float(), weight.float(), wide, stride, padding).to(x.dtype)
+
+
+def anti_aliased_snake(
+    x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
+) -> Tensor:
+    channels = x.shape[1]
+    up_filter = x.new_tensor(up, dtype=torch.float32).expand(channels, 1, -1)
+    down_filter = x.new_tensor(down, dtype=torch.float32).expand(channels, 1, -1)
+    y = F.conv_transpose1d(F.pad(x.float(), (5, 5), "replicate"), up_filter, stride=2, groups=channels)
+    y = 2 * y[..., 15:-15]
+    y = y + torch.sin(alpha.float()[:, None] * y).pow(2) * inverse_beta.float()[:, None]
+    return F.conv1d(F.pad(y, (5, 6), "replicate"), down_filter, stride=2, groups=channels).to(x.dtype)

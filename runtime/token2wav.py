@@ -1,0 +1,74 @@
+"""Audio codes to a waveform: flow matching under the voice prompt, statistics, vocoder."""
+
+import torch
+from torch import Tensor, nn
+
+from covo_npu.kernels.interface import Kernels
+from covo_npu.runtime.bigvgan import BigVGAN
+from covo_npu.runtime.config import Token2WavConfig
+from covo_npu.runtime.dit import DiT, Modulation
+from covo_npu.runtime.flow import evaluation_times, guided, integrate, time_grid
+from covo_npu.runtime.layers import parameter
+
+
+class Voice(nn.Module):
+    """The voice prompt. prompt_codes: [P] int64; prompt_latents: [L_prompt, Z]; speaker_embedding: [C_speaker]."""
+
+    def __init__(self, config: Token2WavConfig) -> None:
+        super().__init__()
+        self.prompt_codes = parameter(config.voice.num_codes, dtype=torch.int64)
+        self.prompt_latents = parameter(config.voice.num_frames, config.dit.latent_dim)
+        self.speaker_embedding = parameter(config.dit.speaker_dim)
+
+
+class Statistics(nn.Module):
+    """Mean and standard deviation of the latents, both [Z]."""
+
+    def __init__(self, config: Token2WavConfig) -> None:
+        super().__init__()
+        self.mean = parameter(config.dit.latent_dim)
+        self.std = parameter(config.dit.latent_dim)
+
+
+class Token2Wav(nn.Module):
+    """The networks of speech and their voice."""
+
+    def __init__(self, config: Token2WavConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.voice = Voice(config)
+        self.statistics = Statistics(config)
+        self.dit = DiT(config.dit, kernels)
+        self.vocoder = BigVGAN(config.vocoder, kernels)
+        self._modulations: list[Modulation] = []
+
+    def num_frames(self, num_codes: int) -> int:
+        """Return L, the latent frames of prompt and reply together, for a reply of num_codes codes."""
+        return (self.config.voice.num_codes + num_codes) * self.config.dit.upsample_factor
+
+    def forward(self, codes: Tensor, noise: Tensor) -> Tensor:
+        """Return the waveform [N] at 24 kHz. codes: [n] int64, n >= 1; noise: [L, Z] float32, L = num_frames(n)."""
+        return self.vocoder(self.latents(codes, noise).T[None])[0]
+
+    def latents(self, codes: Tensor, noise: Tensor) -> Tensor:
+        """Return the reply's latents [frames, Z], ready for the vocoder.
+
+        The prompt's frames are cut off. They reach beyond the prompt's codes (1167 > 4 * 291), so the reply loses its
+        first frames: n codes give 4 n - 3 frames with the default voice.
+        """
+        latents = self.normalised_latents(codes, noise)[self.config.voice.num_frames :]
+        return self.statistics.mean + latents * self.statistics.std
+
+    def normalised_latents(self, codes: Tensor, noise: Tensor) -> Tensor:
+        """Return the solution of the ODE from the noise, prompt included: [L, Z] float32."""
+        grid = time_grid(self.config.flow.time_points)
+        times = evaluation_times(grid, "midpoint")
+        if not self._modulations:  # they depend on time and voice only
+            self._modulations = [self.dit.modulation(time, self.voice.speaker_embedding) for time in times]
+        conditions = self.dit.conditions(torch.cat((self.voice.prompt_codes, codes)), self.voice.prompt_latents)
+
+        def velocity(latents: Tensor, evaluation: int) -> Tensor:
+            velocities = self.dit(latents, conditions, self._modulations[evaluation])
+            return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
+
+        return integrate(velocity, noise, grid, "midpoint")
