@@ -1,0 +1,104 @@
+"""How every command line of this project starts, reports and ends."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from covo_npu.kernels.errors import CovoError
+
+OK, FAULT, USAGE = 0, 1, 2
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, so that finally-blocks run and no `except Exception` keeps it."""
+
+
+def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int:
+    """Return the exit code of a command line: 0 ok, 1 fault, 2 usage, 130 SIGINT, 143 SIGTERM.
+
+    A CovoError, a ClickException or an OSError (no such file, no permission, no space) becomes one message on stderr;
+    with --verbose among the arguments its traceback stands before it. Any other exception is a fault of ours and
+    keeps its traceback. A reader that closes our stdout ends the program quietly.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        with _termination_raises():
+            result = command.main(args=list(arguments), prog_name=prog, standalone_mode=False)
+            sys.stdout.flush()
+            return result if isinstance(result, int) else OK
+    except click.UsageError as error:
+        error.show()
+        return USAGE
+    except click.Abort as abort:  # click's name for Ctrl-C and for EOFError
+        if isinstance(abort.__cause__, EOFError):
+            raise abort.__cause__ from None
+        return _ended(prog, "interrupted", INTERRUPTED)
+    except KeyboardInterrupt:
+        return _ended(prog, "interrupted", INTERRUPTED)
+    except Terminated:
+        return _ended(prog, "terminated", TERMINATED)
+    except (CovoError, click.ClickException, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            return _reader_gone()
+        if {"--verbose", "-v"} & set(arguments):
+            traceback.print_exc()
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        return _ended(prog, message, FAULT)
+    except SystemExit as leave:  # click ends so when the reader of stdout is gone
+        return _reader_gone() if leave.code == FAULT else int(leave.code or OK)
+
+
+def progress(total: int, unit: str, description: str, enabled: bool = True) -> Any:
+    """Return a tqdm bar on stderr, a context manager with update(n); silent unless stderr is a terminal.
+
+    unit: "B" counts bytes and is shown in powers of 1000.
+    """
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        desc=description,
+        file=sys.stderr,
+        disable=not (enabled and sys.stderr.isatty()),
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: whoever called us there minds the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _ended(prog: str, message: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"{prog}: {message}", err=True)
+    return code
+
+
+def _reader_gone() -> int:
+    """Return 1 after pointing stdout at nothing, so that the flush at exit does not fail a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAULT
