@@ -80,9 +80,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float
-    ) -> Tensor:
+    def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
         """Return grouped-query attention of one token a slot: [B, H, D].
 
         q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new token's
@@ -91,7 +89,14 @@ class Kernels(Protocol):
         ...
 
     def conv1d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
     ) -> Tensor:
         """Return the 1-D convolution as torch.nn.functional.conv1d: [B, C_out, L_out]. x: [B, C_in, L]."""
         ...

@@ -1,6 +1,9 @@
 """Choose the backend of a device, once, and say what was chosen."""
 
 import importlib
+import importlib.util
+import logging
+import re
 from collections import Counter
 from typing import cast
 
@@ -11,7 +14,41 @@ from covo_npu.kernels.interface import Kernels
 
 # name: devices it serves
 BACKENDS = {"npu": ("npu",), "native": ("cpu", "cuda"), "reference": ("cpu", "cuda", "npu")}
+DEVICE_NAME = re.compile(r"(cpu)|(?:(cuda|npu)(?::(\d+))?)")
+log = logging.getLogger(__name__)
+
 FUNCTIONS = tuple(name for name in vars(Kernels) if not name.startswith("_") and callable(vars(Kernels)[name]))
+
+
+def open_device(name: str) -> torch.device:
+    """Return the device cpu, cuda:N or npu:N, ready for use; auto is the first of npu:0, cuda:0 and cpu that is there.
+
+    Raises BackendError that says what is missing.
+    """
+    if name == "auto":
+        return _best_device()
+    match = DEVICE_NAME.fullmatch(name)
+    if not match:
+        raise BackendError(f"unknown device {name!r}; expected auto, cpu, cuda:N or npu:N")
+    index = int(match[3] or 0)
+    if match[2] == "npu":
+        return cast(torch.device, importlib.import_module("covo_npu.kernels.npu").open_device(index))
+    if match[2] == "cuda":
+        if index >= torch.cuda.device_count():
+            raise BackendError(
+                f"device {name} is not there: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+            )
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def _best_device() -> torch.device:
+    if importlib.util.find_spec("torch_npu"):
+        try:
+            return open_device("npu:0")
+        except BackendError as error:
+            log.warning("torch_npu is installed but no NPU can be used: %s", error)
+    return open_device("cuda:0" if torch.cuda.device_count() else "cpu")
 
 
 def select(name: str | None, device: torch.device) -> Kernels:

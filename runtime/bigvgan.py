@@ -46,7 +46,9 @@ class Snake(nn.Module):
 class CausalConv1d(Conv1d):
     """A convolution that sees only the past: kernel - 1 zeros, times the dilation, on the left."""
 
-    def __init__(self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> None:
+    def __init__(
+        self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
+    ) -> None:
         super().__init__(kernels, in_channels, out_channels, kernel_size, dilation=dilation)
         self.left = dilation * (kernel_size - 1)
 

@@ -135,7 +135,9 @@ def from_dict(cls: type[T], data: object, where: str = "config") -> T:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
     if unknown or missing:
-        parts = [f"{label}: {', '.join(found)}" for label, found in (("unknown", unknown), ("missing", missing)) if found]
+        parts = [
+            f"{label}: {', '.join(found)}" for label, found in (("unknown", unknown), ("missing", missing)) if found
+        ]
         raise ConfigError(f"{where}: {'; '.join(parts)}")
     return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in names})
 

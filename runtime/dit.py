@@ -82,7 +82,10 @@ class DiT(nn.Module):
         factor = config.upsample_factor
         self.token_upsample = ConvTranspose1d(kernels, size, size, 2 * factor, stride=factor, padding=factor // 2)
         self.time_mlp = nn.ModuleDict(
-            {"0": Linear(kernels, config.time_dim, size), "2": Linear(kernels, size, size)}  # SiLU between, as in the source
+            {
+                "0": Linear(kernels, config.time_dim, size),
+                "2": Linear(kernels, size, size),
+            }  # SiLU between, as in the source
         )
         self.cond_proj = Linear(kernels, size + config.speaker_dim, size)
         self.input_proj = Linear(kernels, size + 2 * config.latent_dim, size)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [length, head_dim], both halves filled, computed in float32 on the host.
 
     Source: arXiv 2104.09864; the half form of transformers Qwen2RotaryEmbedding.

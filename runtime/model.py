@@ -1,0 +1,217 @@
+"""CovoAudio: the networks of a converted checkpoint on one device, and what they compute. The public API starts here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from covo_npu.kernels.errors import BackendError, CovoError
+from covo_npu.kernels.interface import Kernels
+from covo_npu.kernels.select import describe, open_device, select
+from covo_npu.runtime import audio
+from covo_npu.runtime.adapter import Adapter
+from covo_npu.runtime.cache import KVCache, allocate
+from covo_npu.runtime.checkpoint import ENCODER, TOKEN2WAV, TOKENIZER, CheckpointError, Manifest, read_manifest
+from covo_npu.runtime.config import ModelConfig
+from covo_npu.runtime.layers import parameter
+from covo_npu.runtime.loader import Weights, load_tensors
+from covo_npu.runtime.qwen2 import Qwen2
+from covo_npu.runtime.sampling import Sampling
+from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.tokenizer import Tokenizer
+from covo_npu.runtime.whisper import WhisperEncoder
+
+if TYPE_CHECKING:
+    from covo_npu.runtime.session import Session
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_CONTEXT = 8192  # tokens of a dialogue: 0.47 GB of KV cache at the real size in bfloat16
+
+# The file of a checkpoint in which the tensors of a part lie; all other parts are token2wav's.
+FILE_STEMS = {"llm": "llm", "frontend": "encoder", "encoder": "encoder", "adapter": "encoder"}
+
+
+class Networks(nn.Module):
+    """All networks; the names of its tensors are those of the checkpoint. token2wav's parts stand at the top level."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.llm = Qwen2(config.llm, kernels)
+        self.frontend = nn.Module()
+        self.frontend.mel_filters = parameter(config.encoder.num_mels, audio.N_FFT // 2 + 1)
+        self.encoder = WhisperEncoder(config.encoder, kernels)
+        self.adapter = Adapter(config.adapter, kernels)
+        self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav, kernels)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return {file stem: {tensor: shape}} of a checkpoint for this config: what the networks want, from themselves."""
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in meta_networks(config, select("reference", torch.device("cpu"))).state_dict().items():
+        name = name.removeprefix("token2wav.")
+        stem = FILE_STEMS.get(name.partition(".")[0], "token2wav")
+        files.setdefault(stem, {})[name] = tuple(tensor.shape)
+    return files
+
+
+def meta_networks(config: ModelConfig, kernels: Kernels) -> Networks:
+    """Return the networks on the meta device: shapes and names, no memory, no values."""
+    with torch.device("meta"):
+        return Networks(config, kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """How the model became ready."""
+
+    device: str
+    backend: str
+    dtype: str
+    bytes: int  # of the weight files in use
+    load_s: float
+
+
+class CovoAudio:
+    """The model on its device. Build it with `load`; talk to it through `session`."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        networks: Networks,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_context: int,
+        report: LoadReport,
+    ) -> None:
+        self.manifest, self.config, self.networks, self.weights = manifest, manifest.config, networks, weights
+        self.tokenizer, self.kernels, self.report = tokenizer, kernels, report
+        self.device, self.dtype, self.max_context = device, dtype, max_context
+        self._mel_filters = networks.frontend.mel_filters.cpu()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        dtype: str | None = None,
+        *,
+        backend: str | None = None,
+        mode: str = "mmap",
+        check: bool = True,
+        pinned: bool = True,
+        speech: bool = True,
+        max_context: int = MAX_CONTEXT,
+    ) -> CovoAudio:
+        """Return the model of the converted checkpoint in folder `path`, ready to answer.
+
+        device: cpu, cuda:N, npu:N or auto; dtype: of LLM and encoder, by default the checkpoint's (another one costs a
+        converted copy in memory); mode, check, pinned: see loader.load_tensors; speech: load token2wav too;
+        max_context: tokens that a dialogue may hold.
+        Raises CheckpointError, ConfigError or BackendError.
+        """
+        start = time.perf_counter()
+        torch_device = open_device(device)
+        kernels = select(backend, torch_device)
+        manifest = read_manifest(path)
+        if dtype is not None and dtype not in DTYPES:
+            raise BackendError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        torch_dtype = DTYPES[dtype or manifest.dtype]
+        files = [*manifest.ranks, ENCODER, *([TOKEN2WAV] if speech and TOKEN2WAV in manifest.files else [])]
+        config = manifest.config if TOKEN2WAV in files else replace(manifest.config, token2wav=None)
+        networks = meta_networks(config, kernels)
+        weights = load_tensors(manifest, files, torch_device, mode=mode, check=check, pinned=pinned)
+        fill(networks, weights.tensors, torch_dtype)
+        report = LoadReport(
+            device=str(torch_device),
+            backend=describe(kernels),
+            dtype=str(torch_dtype).removeprefix("torch."),
+            bytes=sum(manifest.files[name].bytes for name in files),
+            load_s=time.perf_counter() - start,
+        )
+        tokenizer = Tokenizer.from_file(Path(path) / TOKENIZER, manifest.special_tokens)
+        return cls(manifest, networks, weights, tokenizer, kernels, torch_device, torch_dtype, max_context, report)
+
+    def session(
+        self,
+        mode: str = "a2ta",
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 2048,
+        seed: int = 0,
+        system: str | None = None,
+    ) -> Session:
+        """Return a new dialogue. mode: "a2ta" answers in text and speech, "a2t" in text; system: another system prompt."""
+        from covo_npu.runtime.session import Session
+
+        return Session(self, mode, sampling or Sampling(), max_new_tokens, seed, system)
+
+    @torch.inference_mode()
+    def encode(self, waveform: Tensor) -> Tensor:
+        """Return audio features [frames, C_llm] at 6.25 Hz for all 30 s segments. waveform: [N] at 24 kHz, prepared."""
+        networks, features = self.networks, []
+        for mel in audio.features(waveform, self._mel_filters):
+            states = networks.encoder(mel[None].to(self.device, self.dtype))
+            features.append(networks.adapter(states)[0])
+        return torch.cat(features)
+
+    @torch.inference_mode()
+    def token2wav(self, codes: Sequence[int], noise: Any = None, seed: int = 0) -> NDArray[np.float32]:
+        """Return the waveform float32 [N] at 24 kHz of audio codes; empty for no codes.
+
+        noise: [1, L, Z], L = latent frames of voice prompt and reply; by default drawn on the host from `seed`.
+        Raises CovoError if the checkpoint has no token2wav or a code is outside the table.
+        """
+        token2wav = self.networks.token2wav
+        if token2wav is None:
+            raise CovoError("this model was loaded without token2wav: it answers in text only (mode a2t)")
+        num_codes = token2wav.config.dit.num_codes
+        if wrong := sorted({code for code in codes if not 0 <= code < num_codes}):
+            raise CovoError(f"audio codes must be in 0..{num_codes - 1}, found {wrong[:10]}")
+        if not len(codes):
+            return np.zeros(0, dtype=np.float32)
+        shape = (1, token2wav.num_frames(len(codes)), token2wav.config.dit.latent_dim)
+        if noise is None:
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.as_tensor(noise, dtype=torch.float32)
+        if noise.shape != shape:
+            raise CovoError(f"noise must have shape {list(shape)} for {len(codes)} codes, found {list(noise.shape)}")
+        waveform = token2wav(torch.tensor(codes, device=self.device), noise[0].to(self.device))
+        self.weights.raise_if_damaged()
+        return waveform.cpu().numpy()
+
+    def allocate_cache(self, num_slots: int = 1) -> KVCache:
+        """Return an empty KV cache for dialogues of at most max_context tokens."""
+        return allocate(self.config.llm, num_slots, self.max_context, self.dtype, self.device)
+
+
+def fill(networks: Networks, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Assign every tensor of the checkpoint to its place in networks that stand on the meta device.
+
+    The parts in FILE_STEMS compute in `dtype`, but for the front end's table; token2wav stays as it is stored. Raises
+    CheckpointError with both lists if tensors are missing or unexpected. Afterwards nothing is left on meta.
+    """
+    placed = {}
+    for name, tensor in tensors.items():
+        part = name.partition(".")[0]
+        target = name if part in FILE_STEMS else f"token2wav.{name}"
+        placed[target] = tensor.to(dtype) if part in FILE_STEMS and part != "frontend" else tensor
+    wanted = networks.state_dict()
+    missing, unexpected = sorted(wanted.keys() - placed.keys()), sorted(placed.keys() - wanted.keys())
+    misshapen = sorted(name for name in wanted.keys() & placed.keys() if wanted[name].shape != placed[name].shape)
+    if missing or unexpected or misshapen:
+        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        found = "; ".join(f"{len(names)} {label}: {', '.join(names[:10])}" for label, names in lists if names)
+        raise CheckpointError(f"the tensors of the checkpoint do not fit its config: {found}; convert the source again")
+    networks.load_state_dict(placed, strict=True, assign=True)
+    networks.eval()
