@@ -1,0 +1,1 @@
+"""Hardware side of the house: tensors in, tensors out; no model names, no files."""

@@ -66,7 +66,8 @@ class Kernels(Protocol):
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
         """Write k and v into the caches. k, v: [T, G, D]; caches: [B, G, K_max, D], written in place.
 
-        rows: [T * G] int64 on the device, the row of (token, kv head) in the cache seen as [B * G * K_max, D]; no row twice.
+        rows: [T * G] int64 on the device, the row of (token, kv head) in the cache seen as [B * G * K_max, D]; none
+        stands twice.
         """
         ...
 
@@ -83,8 +84,8 @@ class Kernels(Protocol):
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
         """Return grouped-query attention of one token a slot: [B, H, D].
 
-        q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new token's
-        own included. Rows past a length are not read.
+        q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new
+        token's own included. Rows past a length are not read.
         """
         ...
 
@@ -102,16 +103,21 @@ class Kernels(Protocol):
         ...
 
     def conv_transpose1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
-        """Return the transposed 1-D convolution: [B, C_out, (L - 1) * stride - 2 * padding + kernel]. weight: [C_in, C_out, kernel]."""
+        """Return the transposed 1-D convolution: [B, C_out, (L - 1) * stride - 2 * padding + kernel].
+
+        x: [B, C_in, L]; weight: [C_in, C_out, kernel]; bias: [C_out].
+        """
         ...
 
     def anti_aliased_snake(
         self, x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
     ) -> Tensor:
-        """Return SnakeBeta computed at twice the rate: [B, C, L]. x: [B, C, L]; alpha, inverse_beta: [C]; up, down: 12 taps.
+        """Return SnakeBeta computed at twice the rate: [B, C, L].
 
+        x: [B, C, L]; alpha, inverse_beta: [C]; up, down: 12 taps each, host constants.
         Upsample by 2 (replicate-pad 5 and 5, transposed convolution with `up`, times 2, crop 15 and 15), then
-        x + sin(alpha * x)^2 * inverse_beta, then downsample by 2 (replicate-pad 5 and 6, convolution with `down`, stride 2).
+        x + sin(alpha * x)^2 * inverse_beta, then downsample by 2 (replicate-pad 5 and 6, convolution with `down`,
+        stride 2).
         Source: arXiv 2206.04658 (BigVGAN), section 3.2.
         """
         ...

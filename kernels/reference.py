@@ -1,4 +1,4 @@
-"""The contract of interface.py in plain PyTorch with float32 inside: the oracle that every other backend is measured by.
+"""The contract of interface.py in plain PyTorch with float32 inside: the oracle of all other backends.
 
 Written to be read beside the docstrings of `Kernels`; nothing here is meant to be fast.
 """

@@ -52,9 +52,9 @@ def _best_device() -> torch.device:
 
 
 def select(name: str | None, device: torch.device) -> Kernels:
-    """Return the backend `name`, or the fastest one that serves `device` if name is None. An explicit name never falls back.
+    """Return the backend `name`, or the fastest one that serves `device` if name is None.
 
-    Raises BackendError if the name is unknown, does not serve the device, or its libraries are missing.
+    An explicit name never falls back. Raises BackendError if the name is unknown, does not serve the device, or its libraries are missing.
     """
     if name is None:
         served = [candidate for candidate, devices in BACKENDS.items() if device.type in devices]

@@ -1,4 +1,4 @@
-"""KV cache: keys and values of all layers for a fixed number of slots, allocated once, with the rotary tables beside them."""
+"""KV cache: keys and values of all layers for a fixed number of slots, allocated once, with their rotary tables."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from covo_npu.runtime.rotary import rotary_table
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values per layer, [B, G, K_max, D]; cos, sin: [K_max, D]. How much of a slot is valid, its user knows."""
+    """Keys and values per layer, [B, G, K_max, D]; cos, sin: [K_max, D]. How many rows are valid, its user knows."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -34,7 +34,10 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Return the rows [T * G] of (token, kv head) in a cache seen as [B * G * K_max, D]. slots, positions: [T] int64."""
+        """Return the rows [T * G] of (token, kv head) in a cache seen as [B * G * K_max, D].
+
+        slots, positions: [T] int64.
+        """
         num_kv_heads = self.keys[0].shape[1]
         heads = torch.arange(num_kv_heads, device=positions.device)
         first = (slots[:, None] * num_kv_heads + heads) * self.max_length

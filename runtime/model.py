@@ -1,4 +1,4 @@
-"""CovoAudio: the networks of a converted checkpoint on one device, and what they compute. The public API starts here."""
+"""CovoAudio: the networks of a converted checkpoint on one device, and what they compute. Here the API starts."""
 
 from __future__ import annotations
 
@@ -151,7 +151,10 @@ class CovoAudio:
         seed: int = 0,
         system: str | None = None,
     ) -> Session:
-        """Return a new dialogue. mode: "a2ta" answers in text and speech, "a2t" in text; system: another system prompt."""
+        """Return a new dialogue.
+
+        mode: "a2ta" answers in text and speech, "a2t" in text; system: text instead of the default system prompt.
+        """
         from covo_npu.runtime.session import Session
 
         return Session(self, mode, sampling or Sampling(), max_new_tokens, seed, system)

@@ -132,7 +132,7 @@ class Session:
         return audio.prepare(samples, rate)
 
     def _prompt(self, waveform: Tensor) -> tuple[Tensor, list[int], int]:
-        """Return (features [n, C], prompt ids, index of the first placeholder). The context is checked before any work."""
+        """Return (features [n, C], prompt ids, index of the first placeholder). Checks the context before any work."""
         model = self.model
         placeholders = audio.num_placeholders(waveform.shape[0], model.config.adapter.num_layers)
         if self.rounds == 0:
