@@ -1,0 +1,1 @@
+"""The converter: a source checkpoint in, npu_ckpt out. The only place that knows upstream's names."""

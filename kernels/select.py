@@ -54,7 +54,8 @@ def _best_device() -> torch.device:
 def select(name: str | None, device: torch.device) -> Kernels:
     """Return the backend `name`, or the fastest one that serves `device` if name is None.
 
-    An explicit name never falls back. Raises BackendError if the name is unknown, does not serve the device, or its libraries are missing.
+    An explicit name never falls back. Raises BackendError if the name is unknown, does not serve the device, or its
+    libraries are missing.
     """
     if name is None:
         served = [candidate for candidate, devices in BACKENDS.items() if device.type in devices]
@@ -69,7 +70,11 @@ def select(name: str | None, device: torch.device) -> Kernels:
 
 
 def describe(kernels: Kernels) -> str:
-    """Return e.g. "npu (12 npu, 3 native)": how many functions of a backend are its own and whose the others are."""
-    owners = Counter(getattr(kernels, function).__module__.rpartition(".")[2] for function in FUNCTIONS)
+    """Return e.g. "npu (12 npu, 3 native)": how many functions of a backend are its own and whose the others are.
+
+    A function taken from PyTorch is the backend's own; one taken from another backend is a gap.
+    """
+    homes = {f"covo_npu.kernels.{name}": name for name in BACKENDS}
+    owners = Counter(homes.get(getattr(kernels, function).__module__, kernels.name) for function in FUNCTIONS)
     counts = ", ".join(f"{count} {owner}" for owner, count in owners.most_common())
     return f"{kernels.name} ({counts})"

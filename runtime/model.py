@@ -128,7 +128,7 @@ class CovoAudio:
         if dtype is not None and dtype not in DTYPES:
             raise BackendError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
         torch_dtype = DTYPES[dtype or manifest.dtype]
-        files = [*manifest.ranks, ENCODER, *([TOKEN2WAV] if speech and TOKEN2WAV in manifest.files else [])]
+        files = [ENCODER, *manifest.ranks, *([TOKEN2WAV] if speech and TOKEN2WAV in manifest.files else [])]
         config = manifest.config if TOKEN2WAV in files else replace(manifest.config, token2wav=None)
         networks = meta_networks(config, kernels)
         weights = load_tensors(manifest, files, torch_device, mode=mode, check=check, pinned=pinned)

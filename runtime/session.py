@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class Session:
 
     def _waveform(self, source: Any, sample_rate: int | None) -> Tensor:
         """Return the prepared waveform [N] at 24 kHz."""
-        if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
+        if isinstance(source, str | os.PathLike):
             samples, rate = audio.read_audio(source)
         elif sample_rate is None:
             raise ValueError("samples need their sample_rate")
