@@ -20,14 +20,24 @@ from covo_npu.kernels.select import describe, open_device, select
 from covo_npu.runtime import audio
 from covo_npu.runtime.adapter import Adapter
 from covo_npu.runtime.cache import KVCache, allocate
-from covo_npu.runtime.checkpoint import ENCODER, TOKEN2WAV, TOKENIZER, CheckpointError, Manifest, read_manifest
+from covo_npu.runtime.checkpoint import (
+    ENCODER,
+    GENERATION_CONFIG,
+    TOKEN2WAV,
+    TOKENIZER,
+    CheckpointError,
+    Manifest,
+    read_manifest,
+)
 from covo_npu.runtime.config import ModelConfig
+from covo_npu.runtime.generation import read_generation
 from covo_npu.runtime.layers import parameter
 from covo_npu.runtime.loader import Weights, load_tensors
 from covo_npu.runtime.qwen2 import Qwen2
 from covo_npu.runtime.sampling import Sampling
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import Progress, Token2Wav
 from covo_npu.runtime.tokenizer import Tokenizer
+from covo_npu.runtime.voice import read_voice
 from covo_npu.runtime.whisper import WhisperEncoder
 
 if TYPE_CHECKING:
@@ -98,6 +108,7 @@ class CovoAudio:
         self.manifest, self.config, self.networks, self.weights = manifest, manifest.config, networks, weights
         self.tokenizer, self.kernels, self.report = tokenizer, kernels, report
         self.device, self.dtype, self.max_context = device, dtype, max_context
+        self.generation = read_generation(manifest.folder / GENERATION_CONFIG)
         self._mel_filters = networks.frontend.mel_filters.cpu()
 
     @classmethod
@@ -147,17 +158,26 @@ class CovoAudio:
         self,
         mode: str = "a2ta",
         sampling: Sampling | None = None,
-        max_new_tokens: int = 2048,
+        max_new_tokens: int | None = None,
         seed: int = 0,
         system: str | None = None,
     ) -> Session:
         """Return a new dialogue.
 
-        mode: "a2ta" answers in text and speech, "a2t" in text; system: text instead of the default system prompt.
+        mode: "a2ta" answers in text and speech, "a2t" in text; sampling, max_new_tokens: by default the checkpoint's;
+        system: text instead of the default system prompt.
         """
         from covo_npu.runtime.session import Session
 
-        return Session(self, mode, sampling or Sampling(), max_new_tokens, seed, system)
+        defaults = self.generation
+        limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return Session(self, mode, sampling or defaults.sampling, limit, seed, system)
+
+    def use_voice(self, folder: str | os.PathLike[str]) -> None:
+        """Speak with the voice in a folder, see voice.read_voice, instead of the checkpoint's. Raises ConfigError."""
+        if self.networks.token2wav is None:
+            raise CovoError("a model without token2wav has no voice; leave out the voice, or load a model that speaks")
+        self.networks.token2wav.set_voice(read_voice(folder, self.networks.token2wav.config.dit))
 
     @torch.inference_mode()
     def encode(self, waveform: Tensor) -> Tensor:
@@ -169,10 +189,13 @@ class CovoAudio:
         return torch.cat(features)
 
     @torch.inference_mode()
-    def token2wav(self, codes: Sequence[int], noise: Any = None, seed: int = 0) -> NDArray[np.float32]:
+    def token2wav(
+        self, codes: Sequence[int], noise: Any = None, seed: int = 0, on_progress: Progress | None = None
+    ) -> NDArray[np.float32]:
         """Return the waveform float32 [N] at 24 kHz of audio codes; empty for no codes.
 
-        noise: [1, L, Z], L = latent frames of voice prompt and reply; by default drawn on the host from `seed`.
+        noise: [1, L, Z], L = latent frames of voice prompt and reply; by default drawn on the host from `seed`;
+        on_progress gets (stage, steps done, steps in all).
         Raises CovoError if the checkpoint has no token2wav or a code is outside the table.
         """
         token2wav = self.networks.token2wav
@@ -189,7 +212,7 @@ class CovoAudio:
         noise = torch.as_tensor(noise, dtype=torch.float32)
         if noise.shape != shape:
             raise CovoError(f"noise must have shape {list(shape)} for {len(codes)} codes, found {list(noise.shape)}")
-        waveform = token2wav(torch.tensor(codes, device=self.device), noise[0].to(self.device))
+        waveform = token2wav(torch.tensor(codes, device=self.device), noise[0].to(self.device), on_progress)
         self.weights.raise_if_damaged()
         return waveform.cpu().numpy()
 
