@@ -1,7 +1,9 @@
-"""BigVGAN vocoder: latents at 100 Hz to a waveform at 24 kHz. Causal but for its first layer and the anti-alias filters.
+"""BigVGAN vocoder: latents at 100 Hz to a waveform at 24 kHz. Causal but for its first layer and anti-alias filters.
 
 Source: arXiv 2206.04658. Weight norm is folded and the log-scale parameters are exponentiated at conversion.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +107,11 @@ class BigVGAN(nn.Module):
         self.act_post = Snake(last_channels, kernels)
         self.conv_post = CausalConv1d(kernels, last_channels, 1, 7)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz."""
+    def forward(self, latents: Tensor, on_stage: Callable[[int, int], None] | None = None) -> Tensor:
+        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz; on_stage gets (done, total)."""
         x = self.conv_pre(latents)
-        for stage in self.stages:
+        for done, stage in enumerate(self.stages, 1):
             x = stage(x, self.filters)
+            if on_stage:
+                on_stage(done, len(self.stages))
         return torch.tanh(self.conv_post(self.act_post(x, self.filters)))[:, 0]

@@ -32,7 +32,7 @@ from covo_npu.runtime.checkpoint import (
 from covo_npu.runtime.config import ModelConfig
 from covo_npu.runtime.generation import read_generation
 from covo_npu.runtime.layers import parameter
-from covo_npu.runtime.loader import Weights, load_tensors
+from covo_npu.runtime.loader import Mode, Weights, load_tensors
 from covo_npu.runtime.qwen2 import Qwen2
 from covo_npu.runtime.sampling import Sampling
 from covo_npu.runtime.token2wav import Progress, Token2Wav
@@ -119,7 +119,7 @@ class CovoAudio:
         dtype: str | None = None,
         *,
         backend: str | None = None,
-        mode: str = "mmap",
+        mode: Mode = "mmap",
         check: bool = True,
         pinned: bool = True,
         speech: bool = True,

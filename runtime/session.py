@@ -20,6 +20,7 @@ from covo_npu.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
+    from covo_npu.runtime.token2wav import Progress
 
 # mode: (special token that ends a reply, whether speech is made)
 MODES = {"a2ta": ("im_end", True), "a2t": ("endoftext", False)}
@@ -83,11 +84,18 @@ class Session:
         self._cache = model.allocate_cache()
 
     @torch.inference_mode()
-    def say(self, source: Any, sample_rate: int | None = None, on_text: Callable[[str], None] | None = None) -> Reply:
+    def say(
+        self,
+        source: Any,
+        sample_rate: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Reply:
         """Return the reply to one spoken question, and remember the round.
 
         source: path of an audio file, or samples [N] or [N, channels] with their sample_rate; on_text gets the text as
-        it is generated. Raises AudioError or ContextError and leaves the dialogue as it was.
+        it is generated, on_progress (stage, done, total) while speech is made. Raises AudioError or ContextError and
+        leaves the dialogue as it was.
         """
         started = time.perf_counter()
         waveform = self._waveform(source, sample_rate)
@@ -96,7 +104,9 @@ class Session:
         tokens, first_token = self._generate(features, input_ids, first, on_text)
         decoded = time.perf_counter()
         text_ids, codes = self._split(tokens)
-        speech = self.model.token2wav(codes, seed=self.seed + self.rounds) if self._speech else np.zeros(0, np.float32)
+        speech = np.zeros(0, np.float32)
+        if self._speech:
+            speech = self.model.token2wav(codes, seed=self.seed + self.rounds, on_progress=on_progress)
         finished = time.perf_counter()
 
         limit = "length" if len(tokens) == self.max_new_tokens else "context"
@@ -125,7 +135,8 @@ class Session:
     def _waveform(self, source: Any, sample_rate: int | None) -> Tensor:
         """Return the prepared waveform [N] at 24 kHz."""
         if isinstance(source, str | os.PathLike):
-            samples, rate = audio.read_audio(source)
+            layers = self.model.config.adapter.num_layers
+            samples, rate = audio.read_audio(source, audio.max_seconds(self.model.max_context, layers))
         elif sample_rate is None:
             raise ValueError("samples need their sample_rate")
         else:
@@ -169,6 +180,8 @@ class Session:
             tokens.append(token)
             if on_text and token < model.config.audio_token_index and (piece := stream.push(token)):
                 on_text(piece)
+        if on_text and (piece := stream.finish()):
+            on_text(piece)
         return tokens, first_token
 
     def _split(self, tokens: list[int]) -> tuple[list[int], list[int]]:

@@ -1,14 +1,20 @@
 """Audio codes to a waveform: flow matching under the voice prompt, statistics, vocoder."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.bigvgan import BigVGAN
-from covo_npu.runtime.config import Token2WavConfig
+from covo_npu.runtime.config import Token2WavConfig, VoiceConfig
 from covo_npu.runtime.dit import DiT, Modulation
 from covo_npu.runtime.flow import evaluation_times, guided, integrate, time_grid
 from covo_npu.runtime.layers import parameter
+
+Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 
 class Voice(nn.Module):
@@ -46,20 +52,30 @@ class Token2Wav(nn.Module):
         """Return L, the latent frames of prompt and reply together, for a reply of num_codes codes."""
         return (self.config.voice.num_codes + num_codes) * self.config.dit.upsample_factor
 
-    def forward(self, codes: Tensor, noise: Tensor) -> Tensor:
-        """Return the waveform [N] at 24 kHz. codes: [n] int64, n >= 1; noise: [L, Z] float32, L = num_frames(n)."""
-        return self.vocoder(self.latents(codes, noise).T[None])[0]
+    def set_voice(self, voice: Mapping[str, Tensor]) -> None:
+        """Speak with another voice: the tensors of Voice by name, in its dtypes."""
+        self.voice.load_state_dict(
+            {name: tensor.to(self.statistics.mean.device) for name, tensor in voice.items()}, strict=True, assign=True
+        )
+        sizes = VoiceConfig(num_codes=voice["prompt_codes"].shape[0], num_frames=voice["prompt_latents"].shape[0])
+        self.config = replace(self.config, voice=sizes)
+        self._modulations.clear()
 
-    def latents(self, codes: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
+        """Return the waveform [N] at 24 kHz. codes: [n] int64, n >= 1; noise: [L, Z] float32, L = num_frames(n)."""
+        latents = self.latents(codes, noise, on_progress)
+        return self.vocoder(latents.T[None], partial(on_progress, "vocoder") if on_progress else None)[0]
+
+    def latents(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
         """Return the reply's latents [frames, Z], ready for the vocoder.
 
         The prompt's frames are cut off. They reach beyond the prompt's codes (1167 > 4 * 291), so the reply loses its
         first frames: n codes give 4 n - 3 frames with the default voice.
         """
-        latents = self.normalised_latents(codes, noise)[self.config.voice.num_frames :]
+        latents = self.normalised_latents(codes, noise, on_progress)[self.config.voice.num_frames :]
         return self.statistics.mean + latents * self.statistics.std
 
-    def normalised_latents(self, codes: Tensor, noise: Tensor) -> Tensor:
+    def normalised_latents(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
         """Return the solution of the ODE from the noise, prompt included: [L, Z] float32."""
         grid = time_grid(self.config.flow.time_points)
         times = evaluation_times(grid, "midpoint")
@@ -69,6 +85,8 @@ class Token2Wav(nn.Module):
 
         def velocity(latents: Tensor, evaluation: int) -> Tensor:
             velocities = self.dit(latents, conditions, self._modulations[evaluation])
+            if on_progress:
+                on_progress("flow matching", evaluation + 1, len(times))
             return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
 
         return integrate(velocity, noise, grid, "midpoint")

@@ -1,0 +1,320 @@
+"""covo-run: spoken questions in, text and speech out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from covo_npu.kernels.errors import CovoError
+from covo_npu.runtime import console
+
+if TYPE_CHECKING:
+    from covo_npu.runtime.model import CovoAudio
+    from covo_npu.runtime.session import Reply, Session
+
+PROG = "covo-run"
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "window_penalty", "window")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of covo-run."""
+    return console.run(command, PROG, argv)
+
+
+def _system_text(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Return the text of --system TEXT or --system @FILE."""
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{value[1:]}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.version_option(version("covo-npu"), prog_name=PROG)
+@click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="Folder of a converted checkpoint.")
+@click.argument("wav", nargs=-1)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:N or npu:N.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the checkpoint's.")
+@click.option("--backend", help="native, reference or npu. Default: the fastest of the device.")
+@click.option(
+    "--mode",
+    type=click.Choice(["a2ta", "a2t"]),
+    default="a2ta",
+    show_default=True,
+    help="Answer in text and speech, or in text only.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of one reply. Default: the checkpoint's, 2048.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token (the usual default).")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the checkpoint's, 0.9.")
+@click.option("--top-k", type=click.IntRange(min=0), help="0 switches it off. Default: the checkpoint's, 50.")
+@click.option("--repetition-penalty", type=POSITIVE, help="Default: the checkpoint's, 1.05.")
+@click.option("--window-penalty", type=POSITIVE, help="On top, for the last tokens. Default: the checkpoint's, 1.05.")
+@click.option("--window", type=click.IntRange(min=0), help="How many last tokens. Default: the checkpoint's, 8.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and of the speech's noise.")
+@click.option("--system", metavar="TEXT|@FILE", callback=_system_text, help="Another system prompt.")
+@click.option(
+    "--voice",
+    type=click.Path(path_type=Path),
+    help="Folder with prompt_token, prompt_latent and speaker_embed (.npy). Default: the checkpoint's voice.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default="replies",
+    show_default=True,
+    help="Folder for the WAV files of the replies.",
+)
+@click.option("--json", "json_file", metavar="FILE|-", help="Write all results as one JSON object.")
+@click.option("--max-context", type=click.IntRange(min=1), help="Tokens that a dialogue may hold. Default: 8192.")
+@click.option(
+    "--load",
+    type=click.Choice(["mmap", "eager"]),
+    default="mmap",
+    show_default=True,
+    help="On the CPU: map the weights, or read them into memory first.",
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Compare weights with their checksums.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")  # fmt: skip
+def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: Any) -> int:
+    """Ask a converted Covo-Audio-Chat spoken questions.
+
+    Each WAV is one round of one dialogue: any format that libsndfile reads, any rate, any length that fits into the
+    context. Without a WAV, paths are read from the terminal or from a pipe, one a line; Ctrl-D ends. With nothing to
+    read the model is loaded, and how that went is printed.
+    """
+    if options["verbose"]:
+        logging.basicConfig(level=logging.INFO, format=f"{PROG}: %(message)s")
+    screen = Screen(quiet=options["quiet"], err=json_file == "-")
+    speaks = options["mode"] == "a2ta"
+    for folder in ([options["output"]] if speaks else []) + ([Path(json_file).parent] if json_file else []):
+        _require_writable(folder)
+
+    model = _load(ckpt, speaks, options)
+    report = _report(model)
+    screen.line(_ready_line(report))
+    chosen = {name: options[name] for name in SAMPLING if options[name] is not None}
+    session = model.session(
+        mode=options["mode"],
+        sampling=dataclasses.replace(model.generation.sampling, **chosen),
+        max_new_tokens=options["max_new_tokens"],
+        seed=options["seed"],
+        system=options["system"],
+    )
+    failed = _converse(session, wav, report, options["output"], screen)
+    if json_file:
+        _write_json(json_file, report)
+    return console.FAULT if failed else console.OK
+
+
+class Screen:
+    """What a person reads: stdout, or stderr where stdout carries JSON."""
+
+    def __init__(self, quiet: bool, err: bool) -> None:
+        self.quiet, self.err = quiet, err
+        self.live = not quiet and (sys.stderr if err else sys.stdout).isatty()  # text appears as it is generated
+
+    def line(self, text: str = "") -> None:
+        self.text(f"{text}\n")
+
+    def text(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text, nl=False, err=self.err)
+
+
+def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:
+    import torch  # here, so that --help and wrong arguments are answered at once
+
+    from covo_npu.runtime import CovoAudio
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    limits = {"max_context": options["max_context"]} if options["max_context"] else {}
+    model = CovoAudio.load(
+        ckpt,
+        device=options["device"],
+        dtype=options["dtype"],
+        backend=options["backend"],
+        mode=options["load"],
+        check=options["check"],
+        speech=speaks,
+        **limits,
+    )
+    if options["voice"]:
+        model.use_voice(options["voice"])
+    return model
+
+
+def _report(model: CovoAudio) -> dict[str, Any]:
+    """Return the JSON object of --json, still without rounds."""
+    load = {"process_to_ready_s": _process_age_s(), "load_s": model.report.load_s, "bytes": model.report.bytes}
+    return {
+        "version": version("covo-npu"),
+        "device": model.report.device,
+        "dtype": model.report.dtype,
+        "backend": model.report.backend,
+        "load": load,
+        "rounds": [],
+        "errors": [],
+    }
+
+
+def _ready_line(report: dict[str, Any]) -> str:
+    load = report["load"]
+    return (
+        f"{PROG} {report['version']}: {report['device']}, backend {report['backend']}, {report['dtype']}; ready in "
+        f"{load['process_to_ready_s']:.2f} s ({load['bytes'] / 1e9:.2f} GB loaded in {load['load_s']:.2f} s)"
+    )
+
+
+def _converse(session: Session, wav: tuple[str, ...], report: dict[str, Any], output: Path, screen: Screen) -> bool:
+    """Return whether a round failed. Fills the report's rounds and errors.
+
+    A question that cannot be used ends the dialogue if it was an argument; if it was typed or piped, only its round.
+    """
+    from covo_npu.runtime.audio import AudioError
+    from covo_npu.runtime.session import ContextError
+
+    for question in wav or _typed(screen):
+        try:
+            report["rounds"].append(_round(session, question, output, screen))
+        except (AudioError, ContextError) as error:
+            click.echo(f"{PROG}: {error}", err=True)
+            report["errors"].append({"input": question, "message": str(error)})
+            if wav:
+                break
+    return bool(report["errors"]) and not (not wav and sys.stdin.isatty())
+
+
+def _typed(screen: Screen) -> Iterator[str]:
+    """Yield the lines of stdin, without the quotes that a terminal puts around a dropped file. Asks if it can."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            click.echo("audio file> ", nl=False, err=screen.err)
+        line = sys.stdin.readline()
+        if not line:
+            if interactive:
+                click.echo(err=screen.err)
+            return
+        if path := line.strip().strip("'\""):
+            yield str(Path(path).expanduser())
+
+
+def _round(session: Session, question: str, output: Path, screen: Screen) -> dict[str, Any]:
+    """Return the JSON object of one round, after showing it and writing its WAV."""
+    from covo_npu.runtime.audio import write_wav
+
+    name = f"{session.rounds + 1:02d}-{Path(question).stem}.wav"
+    screen.line(f"\n> {question}")
+    with _Speech(enabled=not screen.quiet) as speech:
+        reply = session.say(question, on_text=screen.text if screen.live else None, on_progress=speech)
+    screen.line("" if screen.live else reply.text)
+    wav = None
+    if reply.waveform.size:
+        import torch
+
+        wav = str(output / name)
+        write_wav(wav, torch.from_numpy(reply.waveform), reply.sample_rate)
+    screen.line(_round_line(reply, wav))
+    return {
+        "input": question,
+        "prompt_tokens": reply.prompt_tokens,
+        "placeholders": reply.placeholders,
+        "tokens": reply.tokens,
+        "text": reply.text,
+        "audio_codes": reply.audio_codes,
+        "stop_reason": reply.stop_reason,
+        "wav": wav,
+        "samples": int(reply.waveform.size),
+        "timing": dataclasses.asdict(reply.timing),
+    }
+
+
+def _round_line(reply: Reply, wav: str | None) -> str:
+    timing, seconds = reply.timing, reply.waveform.size / reply.sample_rate
+    parts = [
+        f"encode {timing.encode_s:.2f} s",
+        f"first token {timing.ttft_s:.2f} s",
+        f"{len(reply.tokens)} tokens at {timing.tokens_per_s:.1f}/s",
+    ]
+    if wav:
+        parts.append(f"speech {timing.token2wav_s:.2f} s (RTF {timing.rtf:.2f})")
+    if reply.stop_reason != "stop":
+        limits = {"length": "--max-new-tokens reached", "context": "the context is full"}
+        parts.append(limits[reply.stop_reason])
+    place = f"{wav} ({seconds:.2f} s of speech)\n" if wav else ""
+    return f"{place}{', '.join(parts)}"
+
+
+class _Speech:
+    """A progress bar for each stage of making speech; called with (stage, done, total)."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled, self._stage = enabled, ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        return self._show
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.__exit__()
+            self._stage, self._bar = stage, console.progress(total, "step", stage, self._enabled)
+        self._bar.update(done - self._bar.n)
+
+
+def _process_age_s() -> float:
+    """Return the seconds since this process started, from the kernel; since Python's clock started elsewhere."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return time.process_time()
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise CovoError unless files can be made in the folder, or the folder itself can be made. Makes nothing."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise CovoError(f"{folder}: cannot be written ({existing} is not a writable folder); choose another place")
+
+
+def _write_json(target: str, report: dict[str, Any]) -> None:
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    path = Path(target)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
