@@ -5,7 +5,7 @@ from torch.nn.functional import relu
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.config import AdapterConfig
-from covo_npu.runtime.layers import Conv1d, Linear
+from covo_npu.runtime.layers import Conv1d, Linear, Stack
 
 
 class AdapterLayer(nn.Module):
@@ -29,7 +29,7 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, kernels: Kernels) -> None:
         super().__init__()
         sizes = [config.input_size] * (config.num_layers - 1) + [config.output_size]
-        self.layers = nn.ModuleList(AdapterLayer(config, size, kernels) for size in sizes)
+        self.layers = Stack(AdapterLayer(config, size, kernels) for size in sizes)
 
     def forward(self, encoder_states: Tensor) -> Tensor:
         """Return audio features [B, S / 2^layers rounded up each time, C_llm]. encoder_states: [B, S, C]."""

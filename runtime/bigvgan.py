@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.config import VocoderConfig
-from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, parameter
+from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, Stack, parameter
 
 FILTER_TAPS = 12
 
@@ -63,9 +63,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels) -> None:
         super().__init__()
-        self.conv1 = nn.ModuleList(CausalConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
-        self.conv2 = nn.ModuleList(CausalConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
-        self.acts = nn.ModuleList(Snake(channels, kernels) for _ in range(2 * len(dilations)))
+        self.conv1 = Stack(CausalConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
+        self.conv2 = Stack(CausalConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
+        self.acts = Stack(Snake(channels, kernels) for _ in range(2 * len(dilations)))
 
     def forward(self, x: Tensor, filters: Filters) -> Tensor:
         """Return [B, C, N] like x."""
@@ -84,7 +84,7 @@ class Stage(nn.Module):
         self.upsample = ConvTranspose1d(
             kernels, 2 * channels, channels, config.upsample_kernel_sizes[index], stride=self.rate
         )
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack(
             ResidualBlock(channels, kernel_size, dilations, kernels)
             for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
         )
@@ -103,7 +103,7 @@ class BigVGAN(nn.Module):
         last_channels = config.initial_channels // 2 ** len(config.upsample_rates)
         self.filters = Filters()
         self.conv_pre = Conv1d(kernels, config.latent_dim, config.initial_channels, 7, padding=3)
-        self.stages = nn.ModuleList(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
+        self.stages = Stack(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
         self.act_post = Snake(last_channels, kernels)
         self.conv_post = CausalConv1d(kernels, last_channels, 1, 7)
 

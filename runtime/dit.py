@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.config import DiTConfig
-from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, Linear, parameter
+from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, Linear, Stack, Weight
 from covo_npu.runtime.rotary import rotary_table
 
 NORM_EPS = 1e-6
@@ -76,8 +76,7 @@ class DiT(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config, self.kernels = config, kernels
-        self.token_embedding = nn.Module()
-        self.token_embedding.weight = parameter(config.num_codes, config.code_dim)
+        self.token_embedding = Weight(config.num_codes, config.code_dim)
         self.token_proj = Linear(kernels, config.code_dim, size)
         factor = config.upsample_factor
         self.token_upsample = ConvTranspose1d(kernels, size, size, 2 * factor, stride=factor, padding=factor // 2)
@@ -91,12 +90,15 @@ class DiT(nn.Module):
         self.input_proj = Linear(kernels, size + 2 * config.latent_dim, size)
         kernel_size = config.conv_kernel_size
         self.conv_embed = Conv1d(kernels, size, size, kernel_size, padding=kernel_size // 2, groups=config.conv_groups)
-        self.blocks = nn.ModuleList(DiTBlock(config, kernels) for _ in range(config.num_layers))
+        self.blocks = Stack(DiTBlock(config, kernels) for _ in range(config.num_layers))
         self.output_modulation = Linear(kernels, size, 2 * size)
         self.output_proj = Linear(kernels, size, config.latent_dim)
 
     def conditions(self, codes: Tensor, prompt_latents: Tensor) -> Conditions:
-        """Return the conditions of one reply. codes: [P] int64, prompt and reply; prompt_latents: [L_prompt, Z], L_prompt <= L."""
+        """Return the conditions of one reply.
+
+        codes: [P] int64, prompt and reply; prompt_latents: [L_prompt, Z], L_prompt <= L.
+        """
         config, length = self.config, codes.shape[0] * self.config.upsample_factor
         tokens = self.token_proj(F.embedding(codes, self.token_embedding.weight))
         tokens = self.token_upsample(tokens.T[None])[0].T  # [L, C]
@@ -139,7 +141,7 @@ class DiT(nn.Module):
 
 
 def time_embedding(time: float, size: int) -> Tensor:
-    """Return the sinusoid of a time in [0, 1]: [size] float32, the cosines first. Source: arXiv 2112.10741's code base."""
+    """Return the sinusoid of a time in [0, 1]: [size] float32, the cosines first. Source: arXiv 2112.10741."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
     angles = time * frequencies

@@ -1,14 +1,37 @@
 """The parameter holders that all networks share. Built empty: values arrive from the checkpoint by assignment."""
 
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """Return a parameter of a shape with no values. Networks are built on the meta device, so nothing is allocated."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class Weight(nn.Module):
+    """One tensor named `weight`: a table, or the weight of a norm that is fused with what stands around it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = parameter(*shape)
+
+
+class Stack(nn.ModuleList, Generic[M]):
+    """Layers of one type, numbered in the checkpoint."""
+
+    def __init__(self, layers: Iterable[M]) -> None:
+        super().__init__(layers)
+
+    def __iter__(self) -> Iterator[M]:
+        return cast(Iterator[M], super().__iter__())
 
 
 class Linear(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.cache import KVCache
 from covo_npu.runtime.config import LLMConfig
-from covo_npu.runtime.layers import Linear, parameter
+from covo_npu.runtime.layers import Linear, Stack, Weight
 
 PREFILL_CHUNK = 2048  # tokens of one forward pass: bounds the activations of long prompts
 
@@ -28,14 +28,6 @@ class Step:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [T, H, D], key cache, value cache) -> [T, H, D]
 
 
-class RMSNorm(nn.Module):
-    """Only the weight: the norm is always fused with the residual sum before it."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = parameter(size)
-
-
 class DecoderLayer(nn.Module):
     """Attention and SwiGLU, without their norms' residual sums, which Qwen2 carries along."""
 
@@ -44,10 +36,10 @@ class DecoderLayer(nn.Module):
         self.kernels = kernels
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.input_layernorm = Weight(config.hidden_size)
         self.qkv_proj = Linear(kernels, config.hidden_size, qkv_size)
         self.o_proj = Linear(kernels, config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
         self.gate_up_proj = Linear(kernels, config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(kernels, config.intermediate_size, config.hidden_size, bias=False)
 
@@ -71,10 +63,9 @@ class Qwen2(nn.Module):
     def __init__(self, config: LLMConfig, kernels: Kernels) -> None:
         super().__init__()
         self.kernels, self.eps, self.scale = kernels, config.rms_norm_eps, config.head_dim**-0.5
-        self.embed_tokens = nn.Module()
-        self.embed_tokens.weight = parameter(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size)
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.layers = Stack(DecoderLayer(config, kernels) for _ in range(config.num_layers))
+        self.norm = Weight(config.hidden_size)
         self.lm_head = Linear(kernels, config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -121,9 +112,9 @@ class Qwen2(nn.Module):
     def _hidden(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
         """Return the final normed hidden states [T, C]."""
         residual = x
-        norms = [layer.input_layernorm.weight for layer in self.layers][1:] + [self.norm.weight]
-        x = self.kernels.rms_norm(x, self.layers[0].input_layernorm.weight, self.eps)
-        for layer, next_norm, keys, values in zip(self.layers, norms, cache.keys, cache.values, strict=True):
+        first, *following = [layer.input_layernorm.weight for layer in self.layers] + [self.norm.weight]
+        x = self.kernels.rms_norm(x, first, self.eps)
+        for layer, next_norm, keys, values in zip(self.layers, following, cache.keys, cache.values, strict=True):
             x = layer.attention(x, step, keys, values)
             x, residual = self.kernels.add_rms_norm(x, residual, layer.post_attention_layernorm.weight, self.eps)
             x = layer.mlp(x)

@@ -50,7 +50,7 @@ class Sampler:
         for row, ids in zip(seen, prompts, strict=True):
             row[ids] = True
         self._seen = seen.to(device)
-        # A short prompt fills the window by repeating its first id, which changes nothing: a window penalises an id once.
+        # A short prompt fills the window with its first id, which changes nothing: a window penalises an id once.
         windows = [([ids[0]] * sampling.window + ids)[-sampling.window :] if sampling.window else [] for ids in prompts]
         self._recent = torch.tensor(windows, dtype=torch.int64, device=device)
         self._generator = torch.Generator().manual_seed(seed)
@@ -82,8 +82,8 @@ class Sampler:
 def penalised(logits: Tensor, seen: Tensor, recent: Tensor, sampling: Sampling) -> Tensor:
     """Return scores [B, V] after both penalties. seen: [B, V] bool; recent: [B, W] ids. Writes nothing.
 
-    Each penalty divides a positive score and multiplies a negative one, once per distinct id; the window's comes on top.
-    Source: arXiv 1909.05858, section 4.1.
+    Each penalty divides a positive score and multiplies a negative one, once per distinct id; the window's comes on
+    top. Source: arXiv 1909.05858, section 4.1.
     """
     scores = logits
     if sampling.repetition_penalty != 1:

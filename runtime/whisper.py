@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.config import EncoderConfig
-from covo_npu.runtime.layers import Conv1d, LayerNorm, Linear, parameter
+from covo_npu.runtime.layers import Conv1d, LayerNorm, Linear, Stack, Weight
 
 
 class EncoderLayer(nn.Module):
@@ -25,7 +25,8 @@ class EncoderLayer(nn.Module):
         """Return the next hidden states, [B, S, C] like x."""
         batch, length, _ = x.shape
         qkv = self.qkv_proj(self.self_attn_layer_norm(x)).view(batch, length, 3, self.num_heads, self.head_dim)
-        attended = self.kernels.attention(*qkv.unbind(2), self.head_dim**-0.5)
+        q, k, v = qkv.unbind(2)
+        attended = self.kernels.attention(q, k, v, self.head_dim**-0.5)
         x = x + self.o_proj(attended.reshape(batch, length, -1))
         return x + self.fc2(self.kernels.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -39,9 +40,8 @@ class WhisperEncoder(nn.Module):
         self.kernels = kernels
         self.conv1 = Conv1d(kernels, config.num_mels, size, 3, padding=1)
         self.conv2 = Conv1d(kernels, size, size, 3, stride=2, padding=1)
-        self.embed_positions = nn.Module()
-        self.embed_positions.weight = parameter(config.max_positions, size)
-        self.layers = nn.ModuleList(EncoderLayer(config, kernels) for _ in range(config.num_layers))
+        self.embed_positions = Weight(config.max_positions, size)
+        self.layers = Stack(EncoderLayer(config, kernels) for _ in range(config.num_layers))
         self.layer_norm = LayerNorm(kernels, size)
 
     def forward(self, mel: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Fixtures that all folders share: the reference pack, and its checkpoint converted through the command line, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the runtime's tests: cpu, cuda:0, npu:0")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device that the runtime's tests run on."""
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_source() -> Path:
+    """The tiny source checkpoint, in upstream's layout."""
+    return DATA / "covo-tiny"
+
+
+@pytest.fixture(scope="session")
+def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Callable[[str], Path]:
+    """A function: dtype -> folder of the tiny checkpoint converted to it, once for all tests; do not write there."""
+    done: dict[str, Path] = {}
+
+    def convert(dtype: str = "float32") -> Path:
+        if dtype not in done:
+            target = tmp_path_factory.mktemp("converted") / dtype
+            command = [Path(sys.executable).with_name("covo-convert"), "--src", tiny_source, "--dst", target]
+            subprocess.run([*command, "--dtype", dtype], check=True, capture_output=True)
+            done[dtype] = target
+        return done[dtype]
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """A function: name -> arrays of tests/data/golden/<name>.npz, computed by upstream's code on the CPU."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(DATA / "golden" / f"{name}.npz") as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    return load
