@@ -1,0 +1,119 @@
+"""covo-convert: the published checkpoint to the folder that covo-run loads."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from covo_npu.convert.errors import ConvertError
+from covo_npu.convert.folder import check_space, new_folder
+from covo_npu.runtime import console
+from covo_npu.runtime.checkpoint import FORMAT, MANIFEST
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--src", required=True, type=click.Path(path_type=Path), help="Folder of the published weights.")
+@click.option("--dst", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option(
+    "--voice",
+    type=click.Path(path_type=Path),
+    help="Folder of the voice's three .npy files. Default: SRC/token2wav/prompt, then SRC/../token2wav/prompt.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Of LLM and encoder; speech is float32.")
+@click.option("--token2wav/--no-token2wav", default=True, help="Speech; without it the checkpoint answers in text.")
+@click.option("--tp", type=int, default=1, help="Tensor-parallel ranks.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing converted checkpoint, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="covo-npu")
+def command(
+    src: Path,
+    dst: Path,
+    voice: Path | None,
+    dtype: str,
+    token2wav: bool,
+    tp: int,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Convert a checkpoint into the layout that covo-run loads.
+
+    Every tensor is checked before anything is written. DST appears only when it is complete.
+
+    \b
+    covo-convert --src Covo-Audio-Chat --dst npu_ckpt
+    """
+    if tp != 1:
+        raise ConvertError(f"--tp {tp}: 1 is the only value yet; the layout names ranks so that others can follow")
+    start = time.perf_counter()
+    _check_places(src, dst, force, dry_run)
+
+    import torch  # these take seconds to import, which a wrong option should not cost
+
+    from covo_npu.convert.plan import make_plan
+    from covo_npu.convert.report import plan_report, plan_text, summary_text
+    from covo_npu.convert.source import open_source
+    from covo_npu.convert.write import write_checkpoint
+    from covo_npu.runtime.checkpoint import read_manifest
+
+    source = open_source(src, voice, token2wav)
+    plan = make_plan(source, getattr(torch, dtype))
+    for warning in source.warnings:
+        click.echo(f"covo-convert: warning: {warning}", err=True)
+    report: dict[str, Any] = {"src": str(src), "dst": str(dst), **plan_report(plan, source)}
+    if dry_run:
+        click.echo(json.dumps(report, indent=1) if as_json else plan_text(report))
+        return
+    check_space(dst.resolve().parent, plan.bytes)
+    dst.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with (
+        new_folder(dst, replace=force) as folder,
+        console.progress(plan.bytes, "B", "convert", enabled=not as_json) as bar,
+    ):
+        write_checkpoint(plan, source, folder, bar.update)
+        written = sum(file.bytes for file in read_manifest(folder).files.values())  # read back before it appears
+        written += (folder / MANIFEST).stat().st_size
+    report |= {"bytes_written": written, "seconds": round(time.perf_counter() - start, 3)}
+    click.echo(json.dumps(report, indent=1) if as_json else summary_text(report))
+
+
+def _check_places(src: Path, dst: Path, force: bool, dry_run: bool) -> None:
+    """Refuse a destination that is inside the source, holds it, exists already, or is no checkpoint of ours."""
+    source, target = src.resolve(), dst.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ConvertError(f"--dst {dst} and --src {src} overlap; choose a folder beside the source")
+    if not target.exists() or dry_run:
+        return
+    if not target.is_dir():
+        raise ConvertError(f"--dst {dst} exists and is not a folder")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise ConvertError(f"--dst {dst} exists; --force replaces it once the new checkpoint is complete")
+    if not _is_ours(target):
+        raise ConvertError(
+            f"--dst {dst} holds something else than a converted checkpoint; --force does not remove that"
+        )
+    if not os.access(target, os.W_OK):
+        raise ConvertError(f"--dst {dst} is not writable")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return f'"format": "{FORMAT}"'.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code of covo-convert."""
+    return console.run(command, "covo-convert", argv)

@@ -1,0 +1,117 @@
+"""The tokenizer of a source checkpoint as one tokenizer.json, its special tokens looked up by name and checked."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from covo_npu.convert import rules
+from covo_npu.convert.config import read_json
+from covo_npu.convert.errors import ConvertError, refuse
+
+TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+SLOW_FILES = ("vocab.json", "merges.txt")
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """The bytes of tokenizer.json, the ids that the runtime needs by name, and the files all of it came from."""
+
+    text: bytes
+    special_tokens: Mapping[str, int]
+    files: tuple[Path, ...]
+
+
+def read_tokenizer(folder: Path, audio_token_index: int) -> TokenizerFiles:
+    """Return the tokenizer of a source folder.
+
+    tokenizer.json is taken as it is, or built from vocab.json and merges.txt; tokens that only tokenizer_config.json
+    or added_tokens.json list are added under their ids. Raises ConvertError if a special token is missing or the
+    number of tokens is not audio_token_index, the first id of an audio code.
+    """
+    extra = tuple(path for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (path := folder / name).is_file())
+    if (folder / TOKENIZER).is_file():
+        files, text = (folder / TOKENIZER, *extra), (folder / TOKENIZER).read_bytes()
+    else:
+        files, text = (*(folder / name for name in SLOW_FILES), *extra), _build(folder)
+    text = _with_added_tokens(folder, text)
+    tokenizer = _parse(folder, text)
+    ids = {name: tokenizer.token_to_id(token) for name, token in rules.SPECIAL_TOKENS}
+    wrong = [
+        f"{token}: expected id {entry['id']}, found {found}"
+        for token, entry in _added(folder).items()
+        if (found := tokenizer.token_to_id(token)) != entry["id"]
+    ]
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    refuse(
+        f"the tokenizer of {folder}",
+        {
+            "special tokens are missing": [token for name, token in rules.SPECIAL_TOKENS if ids[name] is None],
+            "added tokens have another id": wrong,
+            "the number of tokens is not where the audio codes start": [
+                f"expected audio_token_index of config.json, {audio_token_index}; found {size} tokens"
+            ]
+            * (size != audio_token_index),
+        },
+        "Is this the tokenizer that belongs to these weights?",
+    )
+    return TokenizerFiles(text, {name: i for name, i in ids.items() if i is not None}, files)
+
+
+def _build(folder: Path) -> bytes:
+    """Return tokenizer.json made of vocab.json and merges.txt, the way transformers does it for Qwen2."""
+    missing = [str(folder / name) for name in SLOW_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ConvertError(f"{folder}: has no {TOKENIZER}, and {' and '.join(missing)} to build it from is missing")
+    from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # heavy, and only needed here
+
+    try:
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ConvertError(f"{folder}: no tokenizer can be built from {', '.join(SLOW_FILES)} ({error})") from error
+    return str(tokenizer.backend_tokenizer.to_str(pretty=True)).encode()
+
+
+def _added(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return token -> entry for tokenizer.json, of the tokens that tokenizer_config.json and added_tokens.json list."""
+    entries: dict[str, dict[str, Any]] = {}
+    if (folder / ADDED_TOKENS).is_file():
+        entries |= {
+            token: _PLAIN | {"id": i, "content": token} for token, i in read_json(folder / ADDED_TOKENS).items()
+        }
+    if (folder / TOKENIZER_CONFIG).is_file():
+        decoder = read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {})
+        entries |= {entry["content"]: _PLAIN | entry | {"id": int(i)} for i, entry in decoder.items()}
+    return entries
+
+
+def _with_added_tokens(folder: Path, text: bytes) -> bytes:
+    """Return tokenizer.json with the added tokens that it lacks; unchanged, byte for byte, if it lacks none."""
+    data = _object(folder, text)
+    present = {entry["content"] for entry in data.get("added_tokens", [])}
+    lacking = [entry for token, entry in _added(folder).items() if token not in present]
+    if not lacking:
+        return text
+    data["added_tokens"] = sorted([*data.get("added_tokens", []), *lacking], key=lambda entry: entry["id"])
+    return json.dumps(data, ensure_ascii=False, indent=2).encode()
+
+
+def _object(folder: Path, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConvertError(f"{folder / TOKENIZER}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ConvertError(f"{folder / TOKENIZER}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _parse(folder: Path, text: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text.decode())
+    except Exception as error:
+        raise ConvertError(f"{folder / TOKENIZER}: not a tokenizer that can be read ({error})") from error
