@@ -58,6 +58,7 @@ setup(
             "pytest",
             "pytest-cov",
             "hypothesis",
+            "setuptools>=70.1",
             "ruff",
             "mypy",
         ],

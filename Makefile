@@ -1,0 +1,60 @@
+# The two commands of the README are `make demo` and `make test`. Everything goes into .venv, demo/ and build/.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+PYTHON ?= python3
+# Which PyTorch: for one of a certain CUDA version, or the small one without CUDA, give pip's words, for instance
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# Which checkpoint `make demo` makes up: tiny, small or full
+PRESET ?= small
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+QUESTION := tests/data/audio/question_en_48k_24bit.wav
+
+.PHONY: demo test test-npu lint format clean
+
+demo: $(READY)
+	rm -rf demo
+	$(BIN)/covo-synth --preset $(PRESET) --seed 0 demo/source
+	$(BIN)/covo-convert --src demo/source --dst demo/npu_ckpt
+	$(BIN)/covo-run --ckpt demo/npu_ckpt --max-new-tokens 64 --output demo/replies $(QUESTION)
+	echo
+	echo "The weights are random, so the reply is noise; its WAV is demo/replies/01-$(notdir $(QUESTION))."
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-npu: $(READY)
+	tests/npu/run.sh
+
+lint: $(READY) typed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py -k direction
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy finds the import package covo_npu through links: an editable install is invisible to it.
+.PHONY: typed
+typed:
+	mkdir -p build/typed/covo_npu
+	for folder in convert runtime kernels tools; do ln -sfn ../../../$$folder build/typed/covo_npu/$$folder; done
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "covo-npu needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	echo "Installing PyTorch and the rest into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[convert,dev]'
+	touch $@
+
+clean:
+	rm -rf build demo dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""The house: which way imports point, what is imported when, and that a wheel holds all of it."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "runtime": {"runtime", "kernels"},
+    "convert": {"convert", "runtime", "kernels"},
+    "tools": {"tools", "convert", "runtime", "kernels"},
+}
+HEAVY = ("transformers", "librosa", "torchdiffeq", "scipy", "numba", "einops", "torch_npu")
+MODULES = sorted(
+    "covo_npu." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for folder in MAY_IMPORT
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def offences(path, text):
+    """Return "path:line: what" for every import in a source text that the house does not allow."""
+    folder = path.parts[0]
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            # `from covo_npu import tools` names the folder after the import.
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+            if node.level:
+                found.append((node.lineno, "relative import; write covo_npu.<folder>.<module>"))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # importlib.import_module("covo_npu...")
+            names = re.findall(r"^covo_npu\.[\w.]+", node.value)
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if top == "covo_npu" and target not in MAY_IMPORT[folder]:
+                found.append((node.lineno, f"{folder} must not import {target}"))
+            if top in MAY_IMPORT:
+                found.append((node.lineno, f"import of {top} outside covo_npu; write covo_npu.{top}"))
+            if top == "torch_npu" and path != Path("kernels/npu.py"):
+                found.append((node.lineno, "only kernels/npu.py imports torch_npu"))
+    return [f"{path}:{line}: {what}" for line, what in sorted(set(found))]
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_direction_of_imports(folder):
+    sources = sorted((ROOT / folder).rglob("*.py"))
+    assert sources
+    found = [o for path in sources for o in offences(path.relative_to(ROOT), path.read_text("utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "what"),
+    [
+        ("runtime/x.py", "import json\nfrom covo_npu.convert.plan import plan", "2: runtime must not import convert"),
+        ("kernels/x.py", "def f():\n    import covo_npu.runtime.audio", "2: kernels must not import runtime"),
+        ("convert/x.py", "from covo_npu import tools", "1: convert must not import tools"),
+        ("kernels/x.py", "import_module('covo_npu.tools.bench')", "1: kernels must not import tools"),
+        ("runtime/x.py", "from .audio import prepare", "1: relative import"),
+        ("tools/x.py", "import kernels.npu", "1: import of kernels outside covo_npu"),
+        ("kernels/native.py", "import torch_npu", "1: only kernels/npu.py imports torch_npu"),
+    ],
+)
+def test_direction_offences_are_noticed(path, text, what):
+    (found,) = offences(Path(path), text)
+    assert found.startswith(f"{path}:{what}")
+
+
+def in_subprocess(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_every_module_is_importable_without_torch_npu():
+    program = f"""
+import importlib, sys
+sys.modules["torch_npu"] = None
+for name in {MODULES}:
+    importlib.import_module(name)
+    print(name)
+"""
+    assert in_subprocess(program) == MODULES
+
+
+def test_the_runtime_is_importable_without_what_only_conversion_and_tests_need():
+    modules = [name for name in MODULES if name.split(".")[1] in ("kernels", "runtime")]
+    program = f"""
+import importlib, sys
+for name in {HEAVY}:
+    sys.modules[name] = None
+for name in {modules}:
+    importlib.import_module(name)
+    print(name)
+"""
+    assert in_subprocess(program) == modules
+
+
+def test_covo_run_imports_nothing_heavy_at_start():
+    program = f"import sys, covo_npu.runtime.cli\nprint(*set({(*HEAVY, 'torch')}) & set(sys.modules))"
+    assert in_subprocess(program) == []
+
+
+def test_a_wheel_holds_every_module_and_data_file(tmp_path):
+    tree = tmp_path / "tree"
+    for folder in MAY_IMPORT:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("covo_npu-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        commands = re.findall(r"^(covo-[a-z]+) = ([\w.]+):main$", archive.read(entry_points).decode(), re.M)
+    expected = {
+        f"covo_npu/{path.relative_to(tree)}" for f in MAY_IMPORT for path in (tree / f).rglob("*") if path.is_file()
+    }
+    assert held == expected
+    assert {"covo_npu/runtime/data/system_prompt.txt", *(f"covo_npu/{f}/py.typed" for f in MAY_IMPORT)} <= held
+    assert len(commands) == 5
+    assert {module for _, module in commands} <= set(MODULES)
+
+
+def test_develop_installs_are_refused_with_a_hint():
+    done = subprocess.run([sys.executable, "setup.py", "develop"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "pip install -e ." in done.stderr
