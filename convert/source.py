@@ -202,7 +202,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def read_pickle(path: Path, label: str) -> dict[str, SourceTensor]:
     """Return the tensors of a torch pickle, memory-mapped, under the spelling of rules.py.
 
-    The pickle holds a state dict, or one under "model". Code in it is never run: a pickle that wants more than tensors is
+    The pickle holds a state dict, or one under "model". Code in it is never run: one that wants more than tensors is
     refused.
     """
     if not path.is_file():

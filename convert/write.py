@@ -83,7 +83,7 @@ def manifest_body(
 def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[str, dict[str, object]]:
     """Return name -> size and xxh3-128 of every source file: what the checkpoint was made of.
 
-    A small file's digest is that of its bytes. That of a file of tensors is over a line "name digest" for each tensor that
+    A small file has the digest of its bytes. That of a file of tensors is over a line "name digest" of each tensor that
     was used, in order of the names: the tensors are read once, and in another order than they lie in the file.
     """
     record: dict[str, dict[str, object]] = {}
