@@ -1,0 +1,225 @@
+"""covo-bench load: from the start of a process to ready and to the first token, each run in a process of its own.
+
+The rows are those of load_rows.py, taken in turn. Before each run the row's own files are read into the page cache, or
+with --cold dropped from it, because on a machine with little memory the rows push each other's files out. The first run
+of each row but stock is a warm-up and not counted. Floors are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from covo_npu.runtime.checkpoint import ENCODER
+from covo_npu.tools import measure
+from covo_npu.tools.load_rows import ROWS, Task
+from covo_npu.tools.measure import Spread, spread
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+CONVERTED = ("ours", "ours_eager")  # rows that read --ckpt, not --src
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process. Seconds of each step; ready and first token count from the start of the process."""
+
+    imports_s: float
+    init_s: float
+    weights_s: float
+    ready_s: float
+    first_token_s: float
+    bytes: int
+    rate: float  # bytes of weights a second of weights_s
+    peak_resident: int
+    peak_anonymous: int
+    token: int
+
+
+def measure_row(task: Task, cold: bool) -> Run:
+    """Return one run of a row, its files warm or cold before."""
+    folder = task.ckpt if task.row in CONVERTED else task.src
+    (measure.drop_page_cache if cold else measure.fill_page_cache)(folder)
+    found = measure.in_own_process("covo_npu.tools.load_rows", json.dumps(asdict(task)), environment=QUIET)
+    moment = found.report
+    weights_s = moment["loader_s"] or moment["weights"] - moment["init"]
+    return Run(
+        imports_s=moment["imports"] - found.started,
+        init_s=moment["init"] - moment["imports"],
+        weights_s=weights_s,
+        ready_s=moment["ready"] - found.started,
+        first_token_s=moment["first_token"] - found.started if task.first_token else 0.0,
+        bytes=moment["bytes"],
+        rate=moment["bytes"] / weights_s,
+        peak_resident=found.peak_resident,
+        peak_anonymous=found.peak_anonymous,
+        token=moment["token"],
+    )
+
+
+def measure_rows(tasks: Sequence[Task], runs: int, stock_runs: int, cold: bool) -> dict[str, list[Run]]:
+    """Return the counted runs of each row, the rows taken in turn. Stock takes minutes and has no warm-up."""
+    results: dict[str, list[Run]] = {task.row: [] for task in tasks}
+    for turn in range(runs + 1):
+        for task in tasks:
+            wanted, warm_up = (stock_runs, 0) if task.row == "stock" else (runs, 1)
+            if turn >= wanted + warm_up:
+                continue
+            click.echo(f"{task.row}: run {turn + 1} of {wanted + warm_up}", err=True)
+            run = measure_row(task, cold)
+            if turn >= warm_up:
+                results[task.row].append(run)
+    return results
+
+
+def summaries(runs: Sequence[Run]) -> dict[str, Spread]:
+    """Return median and range of every figure of a row."""
+    return {name: spread(getattr(run, name) for run in runs) for name in Run.__slots__}
+
+
+def floors(ckpt: Path, device: str) -> dict[str, float]:
+    """Return what the machine can do, in bytes a second, measured on one file of the checkpoint."""
+    file = ckpt / ENCODER
+    found = {"disk read": measure.disk_bandwidth(file)}
+    found["page cache copy"] = measure.best(lambda: measure.fill_page_cache(file))
+    found["memory copy"] = measure.memory_copy_bandwidth()
+    if device != "cpu":
+        found["pinned host to device"] = measure.pinned_copy_bandwidth(device)
+    return found
+
+
+# --- what is shown
+
+COLUMNS = {  # heading: (figure of a Run, unit in its own scale)
+    "imports s": ("imports_s", 1),
+    "init s": ("init_s", 1),
+    "weights s": ("weights_s", 1),
+    "start to ready s": ("ready_s", 1),
+    "start to first token s": ("first_token_s", 1),
+    "GB": ("bytes", 1e9),
+    "GB/s": ("rate", 1e9),
+    "peak resident GB": ("peak_resident", 1e9),
+    "peak anonymous GB": ("peak_anonymous", 1e9),
+}
+
+
+def _cell(row: str, column: str, found: Spread, scale: float) -> str:
+    if column == "GB/s" and row == "ours":
+        return "mapped"  # nothing is moved until it is used
+    if not found.high:
+        return "-"
+    low, median, high = (f"{value / scale:.3g}" for value in (found.low, found.median, found.high))
+    return median if low == high else f"{median} ({low} .. {high})"
+
+
+def report_table(rows: Mapping[str, Mapping[str, Spread]]) -> str:
+    """Return the table of all rows: median and range."""
+    lines = [
+        [row, *(_cell(row, column, found[figure], scale) for column, (figure, scale) in COLUMNS.items())]
+        for row, found in rows.items()
+    ]
+    return measure.table(["row", *COLUMNS], lines)
+
+
+def verdicts(rows: Mapping[str, Mapping[str, Spread]], floor: Mapping[str, float]) -> list[str]:
+    """Return sentences that compare ours with the others and with the floors."""
+    said = []
+    ours = rows.get("ours")
+    for row, figures in rows.items():
+        if ours is None or row in CONVERTED:
+            continue
+        ready = figures["ready_s"].median / ours["ready_s"].median
+        line = f"ours against {row}: ready {ready:.1f} times faster"
+        if ours["first_token_s"].median:
+            line += f", first token in {ours['first_token_s'].median / figures['first_token_s'].median:.2f} of its time"
+        said.append(line)
+    if len(tokens := {figures["token"].median for figures in rows.values()}) == 1 and tokens != {-1}:
+        said.append("all rows chose the same first token")
+    link = "pinned host to device" if "pinned host to device" in floor else "page cache copy"
+    moved = next(
+        (rows[row] for row in (("ours",) if link.startswith("pinned") else ("ours_eager",)) if row in rows), None
+    )
+    if moved:
+        said.append(f"ours moved bytes at {moved['rate'].median / floor[link]:.2f} of the floor ({link})")
+    said.append("floors: " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in floor.items()))
+    return said
+
+
+def plot(rows: Mapping[str, Mapping[str, Spread]], title: str, path: Path) -> None:
+    """Write a bar chart of the steps of each row, on a logarithmic time axis."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(rows)))
+    steps = (("first_token_s", "start to first token", "#9ecae1"), ("ready_s", "start to ready", "#08519c"))
+    for place, found in enumerate(rows.values()):
+        for figure_name, label, colour in steps:
+            value = found[figure_name].median
+            if value:
+                height = 0.7 if figure_name == "first_token_s" else 0.4
+                axes.barh(place, value, height, color=colour, label=label if place == 0 else None)
+                axes.text(value * 1.03, place + (0.42 if height > 0.5 else 0.0), f"{value:.3g} s", va="center", size=8)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.set_xlabel("seconds since the start of the process (logarithmic)")
+    axes.set_title(title, size=10)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@click.command()
+@click.option("--src", type=click.Path(exists=True, file_okay=False), required=True, help="Source checkpoint.")
+@click.option("--ckpt", type=click.Path(exists=True, file_okay=False), required=True, help="Converted checkpoint.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or npu:N.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1), help="Counted runs of each row.")
+@click.option("--stock-runs", default=1, show_default=True, type=click.IntRange(1), help="Runs of stock: minutes each.")
+@click.option(
+    "--row", "names", multiple=True, type=click.Choice(list(ROWS)), help="Rows to run, all but ours_eager if none."
+)
+@click.option("--cold", is_flag=True, help="Drop the files from the page cache before each run.")
+@click.option("--ready-only", is_flag=True, help="Stop when ready, without a first token.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every run and the machine here.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Write a PNG chart here.")
+def load(
+    src: str,
+    ckpt: str,
+    device: str,
+    runs: int,
+    stock_runs: int,
+    names: tuple[str, ...],
+    cold: bool,
+    ready_only: bool,
+    json_path: str | None,
+    plot_path: str | None,
+) -> None:
+    """Time from the start of a process to ready and to the first token (8 s of audio, a2t), against the stock path."""
+    rows = names or ("stock", "from_pretrained", "ours")
+    results = measure_rows([Task(row, src, ckpt, device, not ready_only) for row in rows], runs, stock_runs, cold)
+    figures = {row: summaries(found) for row, found in results.items()}
+    floor = floors(Path(ckpt), device)
+    machine = measure.machine_report(device)
+    said = verdicts(figures, floor)
+    click.echo(report_table(figures))
+    click.echo("\n".join(["", *said, measure.machine_line(machine)]))
+    if json_path:
+        report: dict[str, Any] = {
+            "bench": "load",
+            "page_cache": "cold" if cold else "warm",
+            "machine": machine,
+            "floors_bytes_per_s": floor,
+            "runs": {row: [asdict(run) for run in found] for row, found in results.items()},
+            "summary": figures,
+        }
+        measure.write_json(json_path, report)
+    if plot_path:
+        plot(figures, f"Loading, {'cold' if cold else 'warm'} page cache, {machine['device']}", Path(plot_path))
