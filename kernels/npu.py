@@ -1,0 +1,247 @@
+"""The contract of interface.py on Ascend NPUs: torch_npu's fused operators. The only file that imports torch_npu.
+
+First arguments go by position, layouts and modes by name, so that one text serves torch_npu 2.9 (CANN 8.5) and 2.13.
+Rules of the device that shape this file (sources: Ascend/op-plugin docs, the page of each operator; Ascend/pytorch
+docs, native API tables; the pages of the aclnn operators):
+- fused attention wants contiguous 16-bit tensors with head_dim a multiple of 16; float32 attention is plain math;
+- its `scale` defaults to 1, and in its masks True means NOT attended;
+- plain F.gelu is the tanh form whatever it is asked for;
+- 1-D convolutions take float16 and float32, transposed ones float32 only, and no dimension may exceed 1,000,000;
+- bfloat16 cannot be replicate-padded.
+"""
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from covo_npu.kernels import native
+from covo_npu.kernels.errors import BackendError
+
+try:
+    import torch_npu
+except (ImportError, OSError, RuntimeError) as error:  # not installed; no CANN; of another torch
+    raise BackendError(
+        f"device npu: torch_npu cannot be imported ({str(error).splitlines()[0]}). It needs three things: (1) CANN, "
+        "toolkit and kernels, made known to this shell by `source /usr/local/Ascend/ascend-toolkit/set_env.sh`; "
+        "(2) a torch_npu that matches both: torch and torch_npu 2.9.0 for CANN 8.5.0, 2.12.0 for CANN 9.1.0 (found "
+        f"torch {torch.__version__}); (3) the driver: `npu-smi info` must list the device. See docs/on-hardware.md"
+    ) from error
+
+name = "npu"
+
+MAX_CONV_LENGTH = 1_000_000  # per dimension. Source: aclnnConvolution, limits
+NZ = 29  # ACL_FORMAT_FRACTAL_NZ. Source: op-plugin docs, npu_format_cast
+COMPRESSED_MASK = 2048  # sparse_mode 3 wants one triangle of this size whatever the lengths
+
+
+def open_device(index: int) -> torch.device:
+    """Return npu:index, ready for use: chosen before any tensor, with the settings that our results rest on.
+
+    Raises BackendError if the device is not there.
+    """
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    count = torch_npu.npu.device_count()
+    if index >= count:
+        raise BackendError(
+            f"device npu:{index} is not there: torch_npu {torch_npu.__version__} sees {count} NPUs "
+            f"(ASCEND_RT_VISIBLE_DEVICES={'not set' if visible is None else visible}); see `npu-smi info`"
+        )
+    torch_npu.npu.set_device(index)  # first of all: otherwise CANN opens a context on device 0 too
+    torch_npu.npu.set_compile_mode(jit_compile=False)  # ready-made kernels: no compilation at run time
+    torch_npu.npu.conv.allow_hf32 = False  # True by default; we promise float32 where the tensors are float32
+    torch_npu.npu.matmul.allow_hf32 = False
+    torch_npu.npu.config.allow_internal_format = False  # True sends convolutions through the old compiled operators
+    return torch.device("npu", index)
+
+
+def cast_weights_nz(module: torch.nn.Module) -> int:
+    """Cast the 2-D 16-bit weights of a module to FRACTAL_NZ in place and return their number. Call it after loading.
+
+    Only matmuls of 2-D operands read NZ weights fast, and copying into one loses the format. The permission stands only
+    during the casts, because it reroutes convolutions. Values stay; results may differ in rounding.
+    """
+    weights = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 2 and parameter.dtype in (torch.float16, torch.bfloat16) and "embed" not in name
+    ]
+    torch_npu.npu.config.allow_internal_format = True
+    try:
+        for weight in weights:
+            weight.data = torch_npu.npu_format_cast(weight.data, NZ)
+    finally:
+        torch_npu.npu.config.allow_internal_format = False
+    return len(weights)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Two dimensions: one launch with the bias in it, and the only form that reads NZ weights fast."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed: Tensor = torch_npu.npu_rms_norm(x, weight, eps)[0]
+    return normed
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed, _, summed = torch_npu.npu_add_rms_norm(x, residual, weight, eps)
+    return normed, summed
+
+
+layer_norm = native.layer_norm
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """npu_rotary_mul does not write x, unlike npu_apply_rotary_pos_emb, and takes head_dim 64 and 128 on every CANN."""
+    rotated: Tensor = torch_npu.npu_rotary_mul(x, cos, sin, rotary_mode="half")
+    return rotated
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gated: Tensor = torch_npu.npu_swiglu(gate_up, dim=-1)
+    return gated
+
+
+def gelu(x: Tensor) -> Tensor:
+    out: Tensor = torch_npu.npu_gelu(x, approximate="none")
+    return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    out: Tensor = torch_npu.npu_gelu(x, approximate="tanh")
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    num_heads = q.shape[2]
+    if q.dtype == torch.float32:
+        return _plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
+    return _fused_attention(q, k, v, "BSND", scale, num_heads=num_heads, num_key_value_heads=num_heads)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    head_dim = k.shape[-1]
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        torch_npu.npu_scatter_nd_update_(cache.view(-1, head_dim), rows[:, None], new.reshape(-1, head_dim))
+
+
+def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, length: int, scale: float) -> Tensor:
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    k, v = k_cache[slot : slot + 1], v_cache[slot : slot + 1]  # [1, G, K_max, D]: contiguous, unlike its valid part
+    if q.dtype == torch.float32:
+        grouped = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [G, H / G, S, D]
+        mask = _future(num_queries, length, q.device) if num_queries > 1 else None
+        k, v = (cache[0, :, None, :length] for cache in (k, v))  # [G, 1, K, D]: every head of a group reads it
+        return (
+            _plain_attention(grouped, k, v, scale, mask).permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+        )
+    causal = {"atten_mask": _compressed_mask(q.device), "sparse_mode": 3} if num_queries > 1 else {}
+    layout = "BNSD_BSND" if num_queries > 1 else "BNSD"  # the output in the order of [S, H, D]
+    out = _fused_attention(
+        q.transpose(0, 1)[None], k, v, layout, scale,
+        num_heads=num_heads, num_key_value_heads=num_kv_heads, actual_seq_lengths_kv=[length], **causal,
+    )  # fmt: skip
+    return out.view(num_queries, num_heads, head_dim)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
+    num_slots, num_heads, head_dim = q.shape
+    if q.dtype == torch.float32:
+        rows = [
+            prefill_attention(q[slot : slot + 1], k_cache, v_cache, slot, length, scale)
+            for slot, length in enumerate(lengths)
+        ]
+        return torch.cat(rows) if num_slots > 1 else rows[0]
+    out = _fused_attention(
+        q[:, :, None], k_cache[:num_slots], v_cache[:num_slots], "BNSD", scale,
+        num_heads=num_heads, num_key_value_heads=k_cache.shape[1], actual_seq_lengths_kv=lengths,
+    )  # fmt: skip
+    return out.view(num_slots, num_heads, head_dim)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """bfloat16 is computed in float32: the device's convolutions are documented for float16 and float32."""
+    _check_length(x)
+    if x.dtype == torch.bfloat16:
+        wide = None if bias is None else bias.float()
+        return F.conv1d(x.float(), weight.float(), wide, stride, padding, dilation, groups).to(x.dtype)
+    return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
+    """16-bit types are computed in float32, the only dtype of the device's transposed convolution."""
+    _check_length(x)
+    if x.dtype != torch.float32:
+        wide = None if bias is None else bias.float()
+        return F.conv_transpose1d(x.float(), weight.float(), wide, stride, padding).to(x.dtype)
+    return F.conv_transpose1d(x, weight, bias, stride, padding)
+
+
+def anti_aliased_snake(
+    x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
+) -> Tensor:
+    """The polyphase form of native.anti_aliased_snake, in float32: channels in the batch instead of depthwise filters,
+    replicate padding as a concatenation, the phases of the filters uploaded once."""
+    batch, channels, length = x.shape
+    _check_length(x, batch * channels)
+    up_phases, down_phases = _phases(up, down, x.device)
+    wide = x.float()
+    rows = torch.cat((wide[..., :1].expand(-1, -1, 3), wide, wide[..., -1:].expand(-1, -1, 3)), dim=-1)
+    y = F.conv1d(rows.view(batch * channels, 1, length + 6), up_phases).view(batch, channels, 2, length)
+    y = torch.addcmul(y, torch.sin(y * alpha.float()[:, None, None]).square_(), inverse_beta.float()[:, None, None])
+    left = y[:, :, :1, :1].expand(-1, -1, 2, 3)
+    right = y[:, :, 1:, -1:].expand(-1, -1, 2, 3)
+    y = torch.cat((left, y, right), dim=-1).view(batch * channels, 2, length + 6)
+    return F.conv1d(y, down_phases).view(batch, channels, length).to(x.dtype)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, layout: str, scale: float, **options: object) -> Tensor:
+    """Return FIA's attention in the output order of `layout`. Copies what is not contiguous. q, k, v: 16-bit."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out: Tensor = torch_npu.npu_fused_infer_attention_score(q, k, v, input_layout=layout, scale=scale, **options)[0]
+    return out
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Return [..., S, D] in float32. q: [..., S, D]; k, v: [..., K, D]; mask: [S, K], True where NOT attended."""
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    if mask is not None:
+        scores.masked_fill_(mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1), v)
+
+
+def _future(num_queries: int, length: int, device: torch.device) -> Tensor:
+    """Return [S, K], True where a key comes after the query. The last query sees all keys."""
+    return torch.ones(num_queries, length, dtype=torch.bool, device=device).triu(1 + length - num_queries)
+
+
+@functools.cache
+def _compressed_mask(device: torch.device) -> Tensor:
+    return torch.ones(COMPRESSED_MASK, COMPRESSED_MASK, dtype=torch.bool).triu(1).to(device)
+
+
+@functools.cache
+def _phases(up: tuple[float, ...], down: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return native.polyphase(up, down, torch.float32, device)
+
+
+def _check_length(x: Tensor, rows: int = 1) -> None:
+    longest = max(rows, *x.shape)
+    if longest > MAX_CONV_LENGTH:
+        raise BackendError(
+            f"a convolution on npu takes at most {MAX_CONV_LENGTH} along a dimension, found {list(x.shape)}; "
+            "compute the waveform in pieces"
+        )
