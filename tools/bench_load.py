@@ -150,25 +150,26 @@ def verdicts(rows: Mapping[str, Mapping[str, Spread]], floor: Mapping[str, float
 
 
 def plot(rows: Mapping[str, Mapping[str, Spread]], title: str, path: Path) -> None:
-    """Write a bar chart of the steps of each row, on a logarithmic time axis."""
+    """Write a bar chart of ready and first token of each row, on a logarithmic time axis."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(rows)))
-    steps = (("first_token_s", "start to first token", "#9ecae1"), ("ready_s", "start to ready", "#08519c"))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.8 * len(rows)))
+    steps = {
+        "ready_s": ("start to ready", "#08519c", -0.18),
+        "first_token_s": ("start to first token", "#9ecae1", 0.18),
+    }
     for place, found in enumerate(rows.values()):
-        for figure_name, label, colour in steps:
-            value = found[figure_name].median
-            if value:
-                height = 0.7 if figure_name == "first_token_s" else 0.4
-                axes.barh(place, value, height, color=colour, label=label if place == 0 else None)
-                axes.text(value * 1.03, place + (0.42 if height > 0.5 else 0.0), f"{value:.3g} s", va="center", size=8)
+        for name, (label, colour, shift) in steps.items():
+            if value := found[name].median:
+                axes.barh(place + shift, value, 0.34, color=colour, label=None if place else label)
+                axes.text(value * 1.03, place + shift, f"{value:.3g} s", va="center", size=8)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    axes.set_xlim(0.5, axes.get_xlim()[1] * 1.5)
     axes.set_xlabel("seconds since the start of the process (logarithmic)")
     axes.set_title(title, size=10)
     axes.legend(loc="lower right", fontsize=8)

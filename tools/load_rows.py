@@ -1,7 +1,7 @@
 """The rows of `covo-bench load`: one way each from the start of a process to its first token, told in moments.
 
 Run as a process of its own: `python -m covo_npu.tools.load_rows '{"row": "ours", ...}'`. It prints one JSON object of
-CLOCK_MONOTONIC moments. All rows hear the same 8 s of sound, take the same prompt, and compute one token greedily (a2t).
+CLOCK_MONOTONIC moments. All rows hear the same 8 s of sound, take the same prompt, and compute one token, a2t.
 
 stock          as the published example does it: build with random weights, move, load the shards one by one.
 from_pretrained the same classes through transformers' modern loader: built on meta, weights mapped lazily.

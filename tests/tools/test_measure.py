@@ -1,0 +1,124 @@
+"""Measuring: the figures against things whose size or time is known."""
+
+import json
+import math
+import os
+import time
+
+import pytest
+
+from covo_npu.tools import measure
+from covo_npu.tools.measure import MeasurementError, PeakMemory, spread
+
+
+def test_spread():
+    assert spread([5.0, 1.0, 2.0]) == measure.Spread(2.0, 1.0, 5.0, 3)
+    assert spread(iter([4])) == measure.Spread(4, 4, 4, 1)
+
+
+def test_rows_are_taken_in_turn():
+    order = []
+    rows = {name: lambda name=name: order.append(name) or name for name in ("a", "b")}
+    assert measure.interleaved(rows, 2) == {"a": ["a", "a"], "b": ["b", "b"]}
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_table_is_padded_markdown():
+    assert measure.table(["row", "s"], [["stock", "1"], ["ours", "0.25"]]).splitlines() == [
+        "| row   | s    |",
+        "|-------|------|",
+        "| stock | 1    |",
+        "| ours  | 0.25 |",
+    ]
+
+
+def test_peak_memory_tells_touched_memory_from_reserved():
+    with PeakMemory(interval_s=0.005) as memory:
+        time.sleep(0.05)
+        before = memory.anonymous
+        touched = bytearray(b"x") * 300_000_000
+        time.sleep(0.05)
+        del touched
+    assert 290e6 < memory.anonymous - before < 330e6
+    assert memory.resident >= memory.anonymous
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module that a process of its own can import, and return its name."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(code: str) -> str:
+        (tmp_path / "measured_thing.py").write_text(code)
+        return "measured_thing"
+
+    return write
+
+
+def test_own_process_reports_moments_and_memory(module):
+    code = "import json, sys, time; x = bytearray(b'x') * 200_000_000; time.sleep(0.3)\n"
+    name = module(code + "print('noise'); print(json.dumps({'said': sys.argv[1], 'at': time.monotonic()}))")
+    found = measure.in_own_process(name, "hello")
+    assert found.report["said"] == "hello"
+    assert 0.3 < found.report["at"] - found.started < 30
+    assert 200e6 < found.peak_anonymous < 300e6
+    assert found.peak_resident >= found.peak_anonymous
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(3)", "failed with exit code 3"),
+        ("print('no figures')", "expected a JSON object"),
+        ("", "expected a JSON object"),
+    ],
+)
+def test_own_process_that_fails(module, code, message):
+    with pytest.raises(MeasurementError, match=message):
+        measure.in_own_process(module(code))
+
+
+def test_page_cache_is_dropped_and_filled(tmp_path):
+    """Told by mincore: the share of pages of a fresh map that are resident."""
+    file = tmp_path / "data"
+    file.write_bytes(os.urandom(8 << 20))
+    assert measure.fill_page_cache(file) > 0
+    assert _resident_share(file) == 1.0
+    measure.drop_page_cache(tmp_path)
+    assert _resident_share(file) < 0.1
+    assert measure.disk_bandwidth(file) > 0
+    assert _resident_share(file) == 1.0
+
+
+def _resident_share(file) -> float:
+    import ctypes
+    import mmap
+
+    page, size = mmap.PAGESIZE, file.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), size) as mapped:
+        memory = ctypes.c_char.from_buffer(mapped)
+        pages = (ctypes.c_ubyte * math.ceil(size / page))()
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(memory)), ctypes.c_size_t(size), pages) == 0
+        del memory
+    return sum(flag & 1 for flag in pages) / len(pages)
+
+
+def test_floors_are_rates():
+    import torch
+
+    assert 1e8 < measure.memory_copy_bandwidth(1 << 24) < 1e13
+    assert 1e8 < measure.matrix_rate(torch.float32, size=256) < 1e16
+    assert 1e8 < measure.vector_bandwidth(torch.bfloat16, rows=2048, columns=512) < 1e13
+
+
+def test_machine_report_names_what_matters(tmp_path):
+    report = measure.machine_report()
+    assert report["cores"] >= 1
+    assert report["memory_bytes"] > 1e9
+    assert "torch" in report["packages"]
+    line = measure.machine_line(report)
+    assert report["device"] == "cpu"
+    assert f"{report['cores']} cores" in line
+    measure.write_json(tmp_path / "x.json", {"machine": report, "spread": spread([1.0])})
+    assert json.loads((tmp_path / "x.json").read_text())["spread"]["runs"] == 1
