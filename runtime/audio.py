@@ -96,16 +96,19 @@ def to_mono(samples: Any, source: str = "audio") -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mono))
 
 
-def prepare(samples: Tensor, rate: int) -> Tensor:
+def prepare(samples: Tensor, rate: int, source: str = "audio") -> Tensor:
     """Return the waveform [N] at 24 kHz, N a multiple of 480. samples: [N] float32 at `rate` Hz.
 
-    Trims to whole 10 ms, then pads to whole 20 ms. Raises AudioError if less than 10 ms are left or the rate is
-    impossible. The kernel is evaluated in float32, as the model was trained with.
+    Trims to whole 10 ms, then pads to whole 20 ms. Raises AudioError naming the source if less than 10 ms are left or
+    the rate is not 1 Hz to 1 MHz. The resampling kernel is evaluated in float32 here.
     """
+    if not 0 < rate <= MAX_RATE:
+        raise AudioError(f"{source}: its sample rate of {rate} Hz is outside 1 to {MAX_RATE} Hz; resample it first")
     waveform = resample(samples, rate, SAMPLE_RATE, torch.float32)
     length = waveform.shape[0] // FRAME_SAMPLES * FRAME_SAMPLES
     if length == 0:
-        raise AudioError(f"audio lasts {1000 * waveform.shape[0] / SAMPLE_RATE:.1f} ms, expected at least 10 ms")
+        milliseconds = 1000 * waveform.shape[0] / SAMPLE_RATE
+        raise AudioError(f"{source}: lasts {milliseconds:.1f} ms, expected at least 10 ms")
     return F.pad(waveform[:length], (0, -length % (2 * FRAME_SAMPLES)))
 
 
@@ -173,11 +176,9 @@ def resample(samples: Tensor, from_rate: int, to_rate: int, kernel_dtype: torch.
     """Return samples [ceil(N * to_rate / from_rate)] at to_rate. samples: [N] float32 at from_rate Hz.
 
     Windowed-sinc interpolation: Hann window, 6 zero crossings, roll-off 0.99; the signal counts as zero outside.
-    kernel_dtype: what the kernel is evaluated in before it is rounded to float32. Raises AudioError for a rate
-    outside 1 Hz to 1 MHz. Source: Smith, "Digital Audio Resampling", https://ccrma.stanford.edu/~jos/resample.
+    kernel_dtype: what the kernel is evaluated in before it is rounded to float32.
+    Source: Smith, "Digital Audio Resampling", https://ccrma.stanford.edu/~jos/resample.
     """
-    if not 0 < from_rate <= MAX_RATE:
-        raise AudioError(f"a sample rate of {from_rate} Hz is outside 1 to {MAX_RATE} Hz; resample the audio first")
     if from_rate == to_rate:
         return samples
     divisor = math.gcd(from_rate, to_rate)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from covo_npu.runtime.session import Reply, Session
 
 PROG = "covo-run"
+NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})  # a reply must not steer the terminal
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "window_penalty", "window")
 
 
@@ -135,7 +136,7 @@ class Screen:
 
     def text(self, text: str) -> None:
         if not self.quiet:
-            click.echo(text, nl=False, err=self.err)
+            click.echo(text.translate(NO_CONTROLS), nl=False, err=self.err)
 
 
 def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:

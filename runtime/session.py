@@ -137,11 +137,10 @@ class Session:
         if isinstance(source, str | os.PathLike):
             layers = self.model.config.adapter.num_layers
             samples, rate = audio.read_audio(source, audio.max_seconds(self.model.max_context, layers))
-        elif sample_rate is None:
+            return audio.prepare(samples, rate, os.fspath(source))
+        if sample_rate is None:
             raise ValueError("samples need their sample_rate")
-        else:
-            samples, rate = audio.to_mono(source), sample_rate
-        return audio.prepare(samples, rate)
+        return audio.prepare(audio.to_mono(source), sample_rate)
 
     def _prompt(self, waveform: Tensor) -> tuple[Tensor, list[int], int]:
         """Return (features [n, C], prompt ids, index of the first placeholder). Checks the context before any work."""
@@ -180,8 +179,8 @@ class Session:
             tokens.append(token)
             if on_text and token < model.config.audio_token_index and (piece := stream.push(token)):
                 on_text(piece)
-        if on_text and (piece := stream.finish()):
-            on_text(piece)
+        if on_text and (rest := stream.finish()):
+            on_text(rest)
         return tokens, first_token
 
     def _split(self, tokens: list[int]) -> tuple[list[int], list[int]]:

@@ -54,9 +54,9 @@ class Token2Wav(nn.Module):
 
     def set_voice(self, voice: Mapping[str, Tensor]) -> None:
         """Speak with another voice: the tensors of Voice by name, in its dtypes."""
-        self.voice.load_state_dict(
-            {name: tensor.to(self.statistics.mean.device) for name, tensor in voice.items()}, strict=True, assign=True
-        )
+        device = self.statistics.mean.device
+        for name, tensor in voice.items():
+            setattr(self.voice, name, nn.Parameter(tensor.to(device), requires_grad=False))
         sizes = VoiceConfig(num_codes=voice["prompt_codes"].shape[0], num_frames=voice["prompt_latents"].shape[0])
         self.config = replace(self.config, voice=sizes)
         self._modulations.clear()

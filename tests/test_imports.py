@@ -84,28 +84,37 @@ def in_subprocess(program):
     return done.stdout.split()
 
 
-def test_every_module_is_importable_without_torch_npu():
+def imported_without(missing, modules):
+    """Return the modules that can be imported in a process where others are missing."""
     program = f"""
 import importlib, sys
-sys.modules["torch_npu"] = None
-for name in {MODULES}:
-    importlib.import_module(name)
-    print(name)
-"""
-    assert in_subprocess(program) == MODULES
-
-
-def test_the_runtime_is_importable_without_what_only_conversion_and_tests_need():
-    modules = [name for name in MODULES if name.split(".")[1] in ("kernels", "runtime")]
-    program = f"""
-import importlib, sys
-for name in {HEAVY}:
+for name in {missing}:
     sys.modules[name] = None
 for name in {modules}:
     importlib.import_module(name)
     print(name)
 """
-    assert in_subprocess(program) == modules
+    return in_subprocess(program)
+
+
+def test_every_module_but_one_is_importable_without_torch_npu():
+    modules = [name for name in MODULES if name != "covo_npu.kernels.npu"]
+    assert imported_without(["torch_npu"], modules) == modules
+    program = """
+import sys
+sys.modules["torch_npu"] = None
+from covo_npu.kernels.errors import BackendError
+try:
+    import covo_npu.kernels.npu
+except BackendError as error:
+    print(str(error).split()[:3])
+"""
+    assert in_subprocess(program) == ["['device',", "'npu:',", "'torch_npu']"]
+
+
+def test_the_runtime_is_importable_without_what_only_conversion_and_tests_need():
+    modules = [name for name in MODULES if name.split(".")[1] in ("kernels", "runtime") and name[-4:] != ".npu"]
+    assert imported_without(HEAVY, modules) == modules
 
 
 def test_covo_run_imports_nothing_heavy_at_start():
