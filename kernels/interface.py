@@ -89,6 +89,16 @@ class Kernels(Protocol):
         """
         ...
 
+    def masked_decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+    ) -> Tensor:
+        """Return decode_attention for a step that is captured once and replayed: its lengths are a tensor.
+
+        attended: [B, K_max] bool on the device, True for the valid rows of each slot, at least one; bound: no row from
+        `bound` on is attended, so none need be read. Takes nothing else from the host and never waits for the device.
+        """
+        ...
+
     def conv1d(
         self,
         x: Tensor,

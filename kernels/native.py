@@ -68,17 +68,17 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, le
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
-    num_slots, num_heads, head_dim = q.shape
-    num_kv_heads, longest = k_cache.shape[1], max(lengths)
-    k, v = k_cache[:num_slots, :, :longest], v_cache[:num_slots, :, :longest]
-    mask = None
+    longest, attended = max(lengths), None
     if min(lengths) < longest:
         valid = torch.tensor(lengths, device=q.device)[:, None]
-        mask = (torch.arange(longest, device=q.device) < valid)[:, None, None, :]
-    # The query heads of one kv head stand where a sequence of queries would: no copy of k and v.
-    grouped = q.view(num_slots, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return out.reshape(num_slots, num_heads, head_dim)
+        attended = torch.arange(longest, device=q.device) < valid
+    return _grouped_attention(q, k_cache, v_cache, attended, longest, scale)
+
+
+def masked_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+) -> Tensor:
+    return _grouped_attention(q, k_cache, v_cache, attended[:, :bound], bound, scale)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
@@ -116,6 +116,20 @@ def polyphase(
     down_phases = [[0.0, *down[1::2]], [*down[0::2], 0.0]]
     options = {"dtype": dtype, "device": device}
     return torch.tensor(up_phases, **options)[:, None], torch.tensor(down_phases, **options)[None]
+
+
+def _grouped_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor | None, length: int, scale: float
+) -> Tensor:
+    """Return attention of one token a slot over the first `length` rows: [B, H, D]. attended: [B, length] bool."""
+    num_slots, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    k, v = k_cache[:num_slots, :, :length], v_cache[:num_slots, :, :length]
+    mask = None if attended is None else attended[:, None, None]
+    # The query heads of one kv head stand where a sequence of queries would: no copy of k and v.
+    grouped = q.view(num_slots, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(num_slots, num_heads, head_dim)
 
 
 def _causal_mask(num_queries: int, length: int, device: torch.device) -> Tensor:

@@ -164,6 +164,24 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return out.view(num_slots, num_heads, head_dim)
 
 
+def masked_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+) -> Tensor:
+    """The lengths that a graph would bake in are all `bound`; the mask, a tensor, does the rest."""
+    num_slots, num_heads, head_dim = q.shape
+    num_kv_heads, dropped = k_cache.shape[1], attended.logical_not()[:, None, None]  # [B, 1, 1, K_max]
+    k, v = k_cache[:num_slots], v_cache[:num_slots]
+    if q.dtype == torch.float32:
+        grouped = q.view(num_slots, num_kv_heads, -1, head_dim)  # [B, G, H / G, D]
+        out = _plain_attention(grouped, k[:, :, :bound], v[:, :, :bound], scale, dropped[..., :bound])
+        return out.reshape(num_slots, num_heads, head_dim)
+    out = _fused_attention(
+        q[:, :, None], k, v, "BNSD", scale, num_heads=num_heads, num_key_value_heads=num_kv_heads,
+        actual_seq_lengths_kv=[bound] * num_slots, atten_mask=dropped,
+    )  # fmt: skip
+    return out.view(num_slots, num_heads, head_dim)
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,

@@ -82,6 +82,17 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return torch.cat(rows)
 
 
+def masked_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+) -> Tensor:
+    num_slots, num_heads, head_dim = q.shape
+    grouped = q.float().view(num_slots, k_cache.shape[1], -1, head_dim)  # [B, G, H / G, D]
+    scores = torch.einsum("bghd,bgkd->bghk", grouped, k_cache[:num_slots, :, :bound].float()) * scale
+    weights = scores.masked_fill(~attended[:, None, None, :bound], -torch.inf).softmax(-1)
+    out = torch.einsum("bghk,bgkd->bghd", weights, v_cache[:num_slots, :, :bound].float())
+    return out.reshape(num_slots, num_heads, head_dim).to(q.dtype)
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,

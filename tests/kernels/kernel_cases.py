@@ -147,6 +147,28 @@ def kv_inputs(generator: torch.Generator, **q_and_rest: Any) -> Inputs:
     return {**q_and_rest, **caches, "scale": 64**-0.5}
 
 
+def masked_inputs(generator: torch.Generator) -> Inputs:
+    """Lengths of 17, 40 and 1 row under a bound of 40; what lies behind a length differs wildly from what is valid."""
+    inputs = kv_inputs(generator, q=normal(generator, 3, 14, 64))
+    attended = torch.arange(45) < torch.tensor([17, 40, 1])[:, None]
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = torch.where(attended[:, None, :, None], inputs[name], 30 * inputs[name])
+    return {**inputs, "attended": attended, "bound": 40}
+
+
+def masked_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float,
+    head: Callable[[int, int, int], int] = lambda h, H, G: h // (H // G),
+) -> Tensor:  # fmt: skip
+    """Head by head, over the chosen rows alone."""
+    H, G = q.shape[1], k_cache.shape[1]
+    heads = [
+        [sdpa(q[b, h, None], *(c[b, head(h, H, G)][attended[b]] for c in (k_cache, v_cache)), scale) for h in range(H)]
+        for b in range(q.shape[0])
+    ]
+    return torch.stack([torch.cat(row) for row in heads])
+
+
 def snake_textbook(
     x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...],
     gain: float = 2.0, edge: str = "replicate", beta_first: bool = False,
@@ -309,6 +331,17 @@ CASES = (
             lambda **inputs: decode(**inputs, head=lambda h, H, G: h % G),
             lambda **inputs: decode(**{**inputs, "lengths": [17, 44, 1]}),
             lambda **inputs: decode(**{**inputs, "scale": 1.0}),
+        ),
+    ),
+    Case(
+        "masked_decode_attention",
+        masked_inputs,
+        masked_decode,
+        (
+            lambda **inputs: masked_decode(**inputs, head=lambda h, H, G: h % G),
+            lambda **inputs: masked_decode(**{**inputs, "attended": inputs["attended"].logical_not()}),
+            lambda **inputs: masked_decode(**{**inputs, "attended": torch.ones_like(inputs["attended"])}),
+            lambda **inputs: masked_decode(**{**inputs, "scale": 1.0}),
         ),
     ),
     Case(
