@@ -4,9 +4,9 @@ SHELL := bash
 .ONESHELL:
 
 PYTHON ?= python3
-# Which PyTorch: for one of a certain CUDA version, or the small one without CUDA, give pip's words, for instance
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+# Which PyTorch, in pip's words. The default is the build without CUDA, which brings gigabytes; to test with CUDA:
+#   make test TORCH="torch==2.13.0"
+TORCH ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 0
 # Which checkpoint `make demo` makes up: tiny, small or full
 PRESET ?= small
 
@@ -18,12 +18,17 @@ QUESTION := tests/data/audio/question_en_48k_24bit.wav
 .PHONY: demo test test-npu lint format clean
 
 demo: $(READY)
-	rm -rf demo
+	@rm -rf demo
+	echo "== A checkpoint with random weights, in the layout of the published one"
 	$(BIN)/covo-synth --preset $(PRESET) --seed 0 demo/source
+	echo "== Converted, once"
 	$(BIN)/covo-convert --src demo/source --dst demo/npu_ckpt
+	echo "== Asked a spoken question"
 	$(BIN)/covo-run --ckpt demo/npu_ckpt --max-new-tokens 64 --output demo/replies $(QUESTION)
+	echo "== Start to ready and to the first token, next to the stock path"
+	$(BIN)/covo-bench load --src demo/source --ckpt demo/npu_ckpt --runs 1
 	echo
-	echo "The weights are random, so the reply is noise; its WAV is demo/replies/01-$(notdir $(QUESTION))."
+	echo "The reply is in demo/replies/01-$(notdir $(QUESTION)). The weights are random: expect noise."
 
 test: $(READY)
 	$(BIN)/pytest
@@ -44,11 +49,11 @@ format: $(READY)
 # mypy finds the import package covo_npu through links: an editable install is invisible to it.
 .PHONY: typed
 typed:
-	mkdir -p build/typed/covo_npu
+	@mkdir -p build/typed/covo_npu
 	for folder in convert runtime kernels tools; do ln -sfn ../../../$$folder build/typed/covo_npu/$$folder; done
 
 $(READY): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "covo-npu needs Python 3.10 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "covo-npu needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	echo "Installing PyTorch and the rest into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -56,5 +61,5 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf build demo dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
+	@rm -rf build demo dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
