@@ -1,0 +1,259 @@
+"""covo-check stages: what every stage gives on one device, saved, and compared on another.
+
+Each stage is fed what the file holds for the stage before, where it holds it: a difference is reported where it arises,
+not in all stages behind it. The tokens after which logits are compared, and the audio codes, are the file's too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from math import inf, log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from covo_npu.runtime import audio, prompt
+from covo_npu.runtime.checkpoint import MANIFEST
+from covo_npu.tools.check_result import (
+    CheckError,
+    Finding,
+    Result,
+    Subject,
+    below,
+    ckpt_option,
+    device_option,
+    json_option,
+    show,
+    verbose_option,
+    wav_argument,
+)
+from covo_npu.tools.question import read_question
+
+if TYPE_CHECKING:
+    from covo_npu.runtime.model import CovoAudio
+
+STEPS = 8  # logits after the prompt and after so many - 1 tokens
+CODES = 25  # one second of speech
+Stages = dict[str, Tensor]
+
+# Relative error |a - b| / |b| (2-norms) that two correct implementations stay below, by the coarser of the two dtypes.
+# Rounding is 6e-8 in float32, 5e-4 in float16, 4e-3 in bfloat16; a stage of some dozen layers gathers a few of them.
+BOUNDS = {
+    "mel": {"float32": 1e-5},
+    "encoder": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
+    "adapter": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
+    "logits": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
+    "latents": {"float32": 1e-3},
+    "waveform": {"float32": 1e-3},
+}
+ALWAYS_FLOAT32 = ("mel", "latents", "waveform")
+COARSENESS = ("float32", "float16", "bfloat16")
+SOURCE = "rounding of {dtype}, gathered over the layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a file of stages was made with."""
+
+    device: str
+    backend: str
+    dtype: str
+    torch: str
+    covo_npu: str
+    checkpoint: str  # the manifest's own checksum
+    audio: str  # checksum of the prepared samples
+
+
+@torch.inference_mode()
+def compute(model: CovoAudio, samples: Tensor, rate: int, given: Mapping[str, Tensor]) -> tuple[Stages, str]:
+    """Return (what each stage gives, checksum of the samples). given: stages of a file, {} for a first run.
+
+    mel [segments, M, 3000], encoder [segments, frames, C], adapter [frames, C], tokens [STEPS], logits [STEPS, V],
+    latents [frames, Z], waveform [N]; all float32 but the ids. The last two only with token2wav.
+    """
+    networks, device, dtype = model.networks, model.device, model.dtype
+    waveform = audio.prepare(samples, rate)
+    stages: Stages = {"mel": audio.features(waveform, networks.frontend.mel_filters.cpu())}
+    mel = given.get("mel", stages["mel"])
+    stages["encoder"] = torch.cat([networks.encoder(row[None].to(device, dtype)) for row in mel])
+    states = given.get("encoder", stages["encoder"]).to(device, dtype)
+    stages["adapter"] = torch.cat([networks.adapter(row[None])[0] for row in states])
+    features = given.get("adapter", stages["adapter"]).to(device, dtype)
+    count = audio.num_placeholders(waveform.shape[0], model.config.adapter.num_layers)
+    stages |= _logits(model, features[:count], given.get("tokens"))
+    if networks.token2wav is not None:
+        speech = networks.token2wav
+        num_codes = speech.config.dit.num_codes
+        codes = torch.tensor([(7919 * i + 13) % num_codes for i in range(CODES)], device=device)
+        size = (speech.num_frames(CODES), speech.config.dit.latent_dim)
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
+        stages["latents"] = speech.latents(codes, noise)
+        latents = given.get("latents", stages["latents"]).to(device)
+        stages["waveform"] = speech.vocoder(latents.T[None])[0]
+    model.weights.wait()
+    checksum = xxhash.xxh3_128_hexdigest(waveform.numpy().tobytes())
+    return {name: _plain(tensor) for name, tensor in stages.items()}, checksum
+
+
+def _logits(model: CovoAudio, features: Tensor, tokens: Tensor | None) -> Stages:
+    """Return the logits after the prompt and after each of the tokens but the last; greedy tokens if none are given."""
+    llm, device = model.networks.llm, model.device
+    ids = prompt.first_round(model.tokenizer, prompt.DEFAULT_SYSTEM_PROMPT, features.shape[0])
+    first = ids.index(model.manifest.special_tokens["cAUDIO"])
+    embeddings = llm.embed(torch.tensor(ids, device=device))
+    embeddings[first : first + features.shape[0]] = features
+    cache = model.allocate_cache()
+    rows, chosen = [llm.prefill(embeddings, cache, 0, 0)], []
+    for step in range(STEPS):
+        chosen.append(rows[-1].argmax(-1) if tokens is None else tokens[step : step + 1].to(device))
+        if step + 1 < STEPS:
+            position = torch.tensor([len(ids) + step], device=device)
+            rows.append(llm.decode(chosen[-1], position, [len(ids) + step + 1], cache))
+    return {"tokens": torch.cat(chosen), "logits": torch.cat(rows)}
+
+
+def compare(found: Stages, expected: Stages, dtype: str) -> list[Finding]:
+    """Return the findings of two runs. dtype: the coarser one of the two."""
+    findings = []
+    for name, bounds in BOUNDS.items():
+        if name not in expected and name not in found:
+            continue
+        if name not in expected or name not in found:
+            findings.append(
+                Finding(name, f"only in {'the file' if name in expected else 'this run'}", "in both", "", False)
+            )
+            continue
+        a, b = found[name].double(), expected[name].double()
+        if a.shape != b.shape:
+            findings.append(Finding(name, f"{list(a.shape)}", f"{list(b.shape)}, as in the file", "", False))
+            continue
+        used = "float32" if name in ALWAYS_FLOAT32 else dtype
+        error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        source = f"{SOURCE.format(dtype=used)}; largest difference {float((a - b).abs().max()):.2e}"
+        source += f", {_snr_db(error)}" if name == "waveform" else ""
+        findings.append(below(name, error, bounds[used], source, ".2e"))
+    if "logits" in found and "logits" in expected:
+        same = int((found["logits"].argmax(-1) == expected["logits"].argmax(-1)).sum())
+        findings.append(
+            Finding("likeliest token", f"{same} of {expected['logits'].shape[0]} equal", "near ties may differ")
+        )
+    return findings
+
+
+def save(path: Path, stages: Stages, origin: Origin) -> None:
+    """Write a file of stages: safetensors, with its origin as metadata."""
+    save_file(stages, path, {"covo_check": "stages 1", **asdict(origin)})
+
+
+def load(path: Path) -> tuple[Stages, Origin]:
+    """Return what `save` wrote. Raises CheckError if the file is not of that kind."""
+    try:
+        with safe_open(path, "pt") as file:
+            data = file.metadata() or {}
+            if data.pop("covo_check", "") != "stages 1":
+                raise CheckError(f"{path}: not a file of `covo-check stages --save`")
+            return {name: file.get_tensor(name) for name in file.keys()}, Origin(**data)  # noqa: SIM118 - not a dict
+    except (SafetensorError, TypeError) as error:
+        raise CheckError(f"{path}: damaged, or not a file of `covo-check stages --save`: {error}") from error
+
+
+def run(
+    subject: Subject,
+    save_to: Path | None = None,
+    against: Path | None = None,
+    dtype: str | None = None,
+    backend: str | None = None,
+    speech: bool = True,
+) -> Result:
+    """Return the findings of one run; saves it, or compares it with a file, or both."""
+    from covo_npu.runtime import CovoAudio
+
+    if subject.ckpt is None:
+        raise CheckError("stages needs a checkpoint: give --ckpt")
+    samples, rate, label = read_question(subject.wav)
+    expected, other = load(against) if against else ({}, None)
+    model = CovoAudio.load(subject.ckpt, device=subject.device, dtype=dtype, backend=backend, speech=speech)
+    stages, checksum = compute(model, samples, rate, expected)
+    digest = str(json.loads((subject.ckpt / MANIFEST).read_bytes())["manifest_xxh3_128"])
+    report = model.report
+    origin = Origin(
+        report.device, report.backend, report.dtype, torch.__version__, version("covo-npu"), digest, checksum
+    )
+    findings = [
+        Finding(f"{name} is finite", str(list(tensor.shape)), "no NaN, no infinity", "", _finite(tensor))
+        for name, tensor in stages.items()
+    ]
+    title = f"{report.device}, {report.backend}, {report.dtype}; {label}"
+    if other:
+        _require_same("audio", origin.audio, other.audio, "name the same WAV")
+        _require_same("checkpoint", origin.checkpoint, other.checkpoint, "name the same checkpoint")
+        coarser = max(report.dtype, other.dtype, key=COARSENESS.index)
+        findings += compare(stages, expected, coarser)
+        title += f"; against {other.device}, {other.backend}, {other.dtype}, torch {other.torch}"
+    if save_to:
+        save(save_to, stages, origin)
+        findings.append(Finding("saved", f"{save_to} ({save_to.stat().st_size / 1e6:.1f} MB)"))
+    return Result("stages", title, tuple(findings))
+
+
+def examine(subject: Subject) -> Result:
+    """Return the findings of one run that is compared with nothing."""
+    return run(subject)
+
+
+def _require_same(what: str, found: str, expected: str, advice: str) -> None:
+    if found != expected:
+        raise CheckError(f"the {what} is not that of the file (checksum expected {expected}, found {found}): {advice}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous()
+
+
+def _snr_db(error: float) -> str:
+    return f"signal to noise {-20 * log10(error):.0f} dB" if error else f"signal to noise {inf} dB"
+
+
+@click.command("stages")
+@wav_argument
+@ckpt_option()
+@click.option("--save", "save_to", type=click.Path(path_type=Path), help="Write what every stage gives to this file.")
+@click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with a file of --save.")
+@click.option("--dtype", type=click.Choice(COARSENESS), help="Default: the checkpoint's.")
+@click.option("--backend", help="native, reference or npu. Default: the fastest of the device.")
+@click.option("--speech/--no-speech", default=True, show_default=True, help="Include latents and waveform.")
+@device_option
+@json_option
+@verbose_option
+def command(
+    wav: Path | None,
+    ckpt: Path,
+    save_to: Path | None,
+    against: Path | None,
+    dtype: str | None,
+    backend: str | None,
+    speech: bool,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Compare two devices stage by stage: mel, encoder, adapter, logits, latents, waveform.
+
+    \b
+    covo-check stages --ckpt npu_ckpt --device cpu --save cpu.stages
+    covo-check stages --ckpt npu_ckpt --device npu:0 --against cpu.stages
+    """
+    return show(run(Subject(ckpt, wav, device), save_to, against, dtype, backend, speech), as_json)

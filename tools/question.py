@@ -1,0 +1,36 @@
+"""The question that checks ask when they are given none: a voice-like tone, made up, the same on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covo_npu.runtime import audio
+
+RATE = 16_000  # Hz
+SECONDS = 8
+PITCH_HZ, HARMONICS = 140.0, 20
+SYLLABLE_HZ = 3.0
+NOISE = 10 ** (-40 / 20)  # a quiet room, 35 dB under full scale
+
+
+def read_question(wav: Path | None) -> tuple[Tensor, int, str]:
+    """Return (samples [N] float32, rate in Hz, what it is) of a file, or of the question that is made up."""
+    if wav is None:
+        return torch.from_numpy(made_up()), RATE, f"a made-up question of {SECONDS} s"
+    samples, rate = audio.read_audio(wav)
+    return samples, rate, f"{wav.name}, {samples.shape[0] / rate:.1f} s"
+
+
+def made_up(seconds: float = SECONDS) -> np.ndarray:
+    """Return samples [N] float32 at RATE: harmonics of a moving pitch in syllables with pauses, over room noise."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    pitch = PITCH_HZ * (1 + 0.15 * np.sin(2 * np.pi * 0.4 * t) + 0.02 * np.sin(2 * np.pi * 5.5 * t))
+    phase = 2 * np.pi * np.cumsum(pitch) / RATE
+    voice = sum(np.sin(k * phase) / k for k in range(1, HARMONICS + 1))
+    syllables = np.clip(np.sin(2 * np.pi * SYLLABLE_HZ * t), 0, None) * (np.sin(2 * np.pi * 0.25 * t) > -0.7)
+    noise = np.random.Generator(np.random.PCG64(0)).standard_normal(t.shape[0])
+    return (0.25 * voice * syllables + NOISE * noise).astype(np.float32)
