@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -183,6 +184,7 @@ class Measured:
 
     started: float  # CLOCK_MONOTONIC, just before the start of the process
     report: dict[str, Any]
+    processor_s: float  # of all its threads: what is left of a figure when other work disturbs the machine
     peak_resident: int
     peak_anonymous: int
 
@@ -193,7 +195,7 @@ def in_own_process(module: str, *arguments: str, environment: Mapping[str, str] 
     Raises MeasurementError if it fails or ends without a JSON object.
     """
     command = [sys.executable, *SAFE_PATH, "-m", module, *arguments]
-    started = time.monotonic()
+    started, processor_s = time.monotonic(), _children_processor_s()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     try:
         with PeakMemory(process.pid) as memory:
@@ -208,7 +210,12 @@ def in_own_process(module: str, *arguments: str, environment: Mapping[str, str] 
         report = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise MeasurementError(f"{module}: expected a JSON object on its last line, found {output[-200:]!r}") from error
-    return Measured(started, report, memory.resident, memory.anonymous)
+    return Measured(started, report, _children_processor_s() - processor_s, memory.resident, memory.anonymous)
+
+
+def _children_processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # --- files and the page cache

@@ -57,8 +57,10 @@ def module(tmp_path, monkeypatch):
 
 def test_own_process_reports_moments_and_memory(module):
     code = "import json, sys, time; x = bytearray(b'x') * 200_000_000; time.sleep(0.3)\n"
+    code += "while time.process_time() < 0.5: pass\n"
     name = module(code + "print('noise'); print(json.dumps({'said': sys.argv[1], 'at': time.monotonic()}))")
     found = measure.in_own_process(name, "hello")
+    assert 0.5 <= found.processor_s < 2
     assert found.report["said"] == "hello"
     assert 0.3 < found.report["at"] - found.started < 30
     assert 200e6 < found.peak_anonymous < 300e6

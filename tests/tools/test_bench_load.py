@@ -1,0 +1,64 @@
+"""covo-bench load on the tiny checkpoint: every row ends in the same first token, and every figure is there."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from covo_npu.tools import bench, bench_load
+from covo_npu.tools.bench_load import Run, summaries, verdicts
+
+
+@pytest.mark.slow
+def test_all_rows_on_the_tiny_checkpoint(tiny_source, convert_tiny, tmp_path):
+    rows = ["stock", "from_pretrained", "ours", "ours_eager"]
+    report, chart = tmp_path / "load.json", tmp_path / "load.png"
+    arguments = ["load", "--src", str(tiny_source), "--ckpt", str(convert_tiny("bfloat16")), "--runs", "1"]
+    arguments += ["--json", str(report), "--plot", str(chart), *(f"--row={row}" for row in rows)]
+    result = CliRunner().invoke(bench.bench, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "all rows chose the same first token" in result.output
+    assert all(f"| {row} " in result.output for row in rows)
+    found = json.loads(report.read_text())
+    assert list(found["runs"]) == rows
+    for row in rows:
+        run = found["runs"][row][0]
+        assert 0 < run["imports_s"] < run["ready_s"] < run["first_token_s"]
+        assert run["imports_s"] + run["init_s"] + run["weights_s"] < run["ready_s"] + 0.1
+        assert run["bytes"] > 12e6
+        assert run["peak_resident"] > run["peak_anonymous"] > 50e6
+    assert {"disk read", "page cache copy", "memory copy"} <= found["floors_bytes_per_s"].keys()
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def run(**figures) -> Run:
+    return Run(**{**dict.fromkeys(Run.__slots__, 1), **figures})
+
+
+def test_verdicts_compare_medians_and_floors():
+    rows = {
+        "stock": summaries([run(ready_s=200.0, first_token_s=240.0)]),
+        "ours": summaries([run(ready_s=2.0, first_token_s=12.0), run(ready_s=4.0, first_token_s=12.0)]),
+        "ours_eager": summaries([run(rate=9e9)]),
+    }
+    said = verdicts(rows, {"page cache copy": 12e9})
+    assert said[0] == "ours against stock: ready 66.7 times faster, first token in 0.05 of its time"
+    assert "all rows chose the same first token" in said
+    assert "ours_eager moved bytes at 0.75 of the floor (page cache copy)" in said
+    rows["stock"] = summaries([run(token=7)])
+    assert "all rows chose the same first token" not in verdicts(rows, {"page cache copy": 12e9})
+
+
+def test_stock_is_measured_less_often_and_without_warm_up(monkeypatch):
+    order = []
+    monkeypatch.setattr(bench_load, "measure_row", lambda task, cold: order.append(task.row) or run())
+    tasks = [bench_load.Task(row, "", "", "cpu", True) for row in ("stock", "ours")]
+    results = bench_load.measure_rows(tasks, runs=2, stock_runs=1, cold=False)
+    assert order == ["stock", "ours", "ours", "ours"]
+    assert {row: len(found) for row, found in results.items()} == {"stock": 1, "ours": 2}
+
+
+def test_help_lists_the_benches_without_importing_them():
+    result = CliRunner().invoke(bench.bench, ["--help"])
+    assert all(name in result.output for name in bench.COMMANDS)
+    assert CliRunner().invoke(bench.bench, ["nonsense"]).exit_code == 2
