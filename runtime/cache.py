@@ -1,5 +1,6 @@
 """KV cache: keys and values of all layers for a fixed number of slots, allocated once, with their rotary tables."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,21 @@ from covo_npu.runtime.rotary import rotary_table
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values per layer, [B, G, K_max, D]; cos, sin: [K_max, D]. How many rows are valid, its user knows."""
+    """Keys and values per layer, [B, G, K_max, D]. How many rows are valid, its user knows.
+
+    rotary: [2, K_max, D], cosines and sines; first_rows: [B, G] int64, the row of position 0 of each kv head in a cache
+    seen as [B * G * K_max, D].
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    cos: Tensor
-    sin: Tensor
+    rotary: Tensor
+    first_rows: Tensor
 
     @property
     def max_length(self) -> int:
         """Rows of a slot: the longest sequence it can hold."""
-        return self.cos.shape[0]
+        return self.rotary.shape[1]
 
     @property
     def num_slots(self) -> int:
@@ -33,15 +38,18 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Return the rows [T * G] of (token, kv head) in a cache seen as [B * G * K_max, D].
+    def read(self, slot: int, length: int) -> tuple[Tensor, ...]:
+        """Return copies of a slot's first rows, [G, length, D] each: the keys of all layers, then the values."""
+        return tuple(t[slot, :, :length].clone() for t in (*self.keys, *self.values))
 
-        slots, positions: [T] int64.
-        """
-        num_kv_heads = self.keys[0].shape[1]
-        heads = torch.arange(num_kv_heads, device=positions.device)
-        first = (slots[:, None] * num_kv_heads + heads) * self.max_length
-        return (first + positions[:, None]).reshape(-1)
+    def write(self, slot: int, rows: Iterable[Tensor]) -> None:
+        """Write what read() returned into the first rows of a slot."""
+        for t, saved in zip((*self.keys, *self.values), rows, strict=True):
+            t[slot, :, : saved.shape[1]].copy_(saved)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` rows of slot `source` into slot `target`."""
+        self.write(target, (t[source, :, :length] for t in (*self.keys, *self.values)))
 
 
 def allocate(config: LLMConfig, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -51,5 +59,6 @@ def allocate(config: LLMConfig, num_slots: int, max_length: int, dtype: torch.dt
     def buffers() -> tuple[Tensor, ...]:
         return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
 
-    cos, sin = rotary_table(max_length, config.head_dim, config.rope_theta, dtype, device)
-    return KVCache(buffers(), buffers(), cos, sin)
+    rotary = torch.stack(rotary_table(max_length, config.head_dim, config.rope_theta, dtype, device))
+    first_rows = torch.arange(num_slots * config.num_kv_heads).view(num_slots, -1) * max_length
+    return KVCache(buffers(), buffers(), rotary, first_rows.to(device))

@@ -19,7 +19,7 @@ from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import describe, open_device, select
 from covo_npu.runtime import audio
 from covo_npu.runtime.adapter import Adapter
-from covo_npu.runtime.cache import KVCache, allocate
+from covo_npu.runtime.cache import allocate
 from covo_npu.runtime.checkpoint import (
     ENCODER,
     GENERATION_CONFIG,
@@ -30,7 +30,9 @@ from covo_npu.runtime.checkpoint import (
     read_manifest,
 )
 from covo_npu.runtime.config import ModelConfig
+from covo_npu.runtime.decode import Decoder, SharedPrefixes
 from covo_npu.runtime.generation import read_generation
+from covo_npu.runtime.graph import DeviceCapture, device_capture
 from covo_npu.runtime.layers import parameter
 from covo_npu.runtime.loader import Mode, Weights, load_tensors
 from covo_npu.runtime.qwen2 import Qwen2
@@ -50,14 +52,21 @@ MAX_CONTEXT = 8192  # tokens of a dialogue: 0.47 GB of KV cache at the real size
 FILE_STEMS = {"llm": "llm", "frontend": "encoder", "encoder": "encoder", "adapter": "encoder"}
 
 
+class FrontEnd(nn.Module):
+    """The mel filter bank, [M, frequencies]: a table of the host."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mel_filters = parameter(config.encoder.num_mels, audio.N_FFT // 2 + 1)
+
+
 class Networks(nn.Module):
     """All networks; the names of its tensors are those of the checkpoint. token2wav's parts stand at the top level."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.llm = Qwen2(config.llm, kernels)
-        self.frontend = nn.Module()
-        self.frontend.mel_filters = parameter(config.encoder.num_mels, audio.N_FFT // 2 + 1)
+        self.frontend = FrontEnd(config)
         self.encoder = WhisperEncoder(config.encoder, kernels)
         self.adapter = Adapter(config.adapter, kernels)
         self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav, kernels)
@@ -104,10 +113,13 @@ class CovoAudio:
         dtype: torch.dtype,
         max_context: int,
         report: LoadReport,
+        capture: DeviceCapture | None = None,
     ) -> None:
         self.manifest, self.config, self.networks, self.weights = manifest, manifest.config, networks, weights
         self.tokenizer, self.kernels, self.report = tokenizer, kernels, report
         self.device, self.dtype, self.max_context = device, dtype, max_context
+        self.capture = capture
+        self.prefixes = SharedPrefixes(networks.llm)
         self.generation = read_generation(manifest.folder / GENERATION_CONFIG)
         self._mel_filters = networks.frontend.mel_filters.cpu()
 
@@ -124,17 +136,19 @@ class CovoAudio:
         pinned: bool = True,
         speech: bool = True,
         max_context: int = MAX_CONTEXT,
+        graph: str = "auto",
     ) -> CovoAudio:
         """Return the model of the converted checkpoint in folder `path`, ready to answer.
 
         device: cpu, cuda:N, npu:N or auto; dtype: of LLM and encoder, by default the checkpoint's (another one costs a
         converted copy in memory); mode, check, pinned: see loader.load_tensors; speech: load token2wav too;
-        max_context: tokens that a dialogue may hold.
+        max_context: tokens that a dialogue may hold; graph: auto, on or off, whether decode steps are captured.
         Raises CheckpointError, ConfigError or BackendError.
         """
         start = time.perf_counter()
         torch_device = open_device(device)
         kernels = select(backend, torch_device)
+        capture = device_capture(graph, torch_device)
         manifest = read_manifest(path)
         if dtype is not None and dtype not in DTYPES:
             raise BackendError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
@@ -152,7 +166,9 @@ class CovoAudio:
             load_s=time.perf_counter() - start,
         )
         tokenizer = Tokenizer.from_file(Path(path) / TOKENIZER, manifest.special_tokens)
-        return cls(manifest, networks, weights, tokenizer, kernels, torch_device, torch_dtype, max_context, report)
+        return cls(
+            manifest, networks, weights, tokenizer, kernels, torch_device, torch_dtype, max_context, report, capture
+        )
 
     def session(
         self,
@@ -216,9 +232,10 @@ class CovoAudio:
         self.weights.raise_if_damaged()
         return waveform.cpu().numpy()
 
-    def allocate_cache(self, num_slots: int = 1) -> KVCache:
-        """Return an empty KV cache for dialogues of at most max_context tokens."""
-        return allocate(self.config.llm, num_slots, self.max_context, self.dtype, self.device)
+    def decoder(self, sampling: Sampling, num_slots: int = 1) -> Decoder:
+        """Return a decoder with an empty KV cache for dialogues of at most max_context tokens."""
+        cache = allocate(self.config.llm, num_slots, self.max_context, self.dtype, self.device)
+        return Decoder(self.networks.llm, cache, sampling, self.capture)
 
 
 def fill(networks: Networks, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

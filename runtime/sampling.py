@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NOISE_BYTES = 4 << 20  # noise is drawn on the host and uploaded in blocks of this size
+_NOISE_BYTES = 4 << 20  # noise is drawn on the host and uploaded in blocks of at most this size a slot
+_TIES = 64  # bfloat16 logits tie often: so many ids beyond the top k are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,44 +40,77 @@ class Sampling:
 
 
 class Sampler:
-    """The state of one round for B sequences: which ids were seen, the last ids, the noise of each step."""
+    """What is known of the round of each slot: the ids seen, the last ids, the noise to come.
 
-    def __init__(
-        self, sampling: Sampling, prompts: list[list[int]], vocab_size: int, device: torch.device, seed: int
-    ) -> None:
-        """prompts: the ids of this round's prompt of each sequence; the window starts with their last ids."""
+    All of it lies on the device and is written in place, so that a captured step can be replayed on it. Each slot draws
+    its noise from a generator of its own: what a sequence samples does not depend on its neighbours.
+    """
+
+    def __init__(self, sampling: Sampling, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.sampling = sampling
-        seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-        for row, ids in zip(seen, prompts, strict=True):
-            row[ids] = True
-        self._seen = seen.to(device)
-        # A short prompt fills the window with its first id, which changes nothing: a window penalises an id once.
-        windows = [([ids[0]] * sampling.window + ids)[-sampling.window :] if sampling.window else [] for ids in prompts]
-        self._recent = torch.tensor(windows, dtype=torch.int64, device=device)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._noise: list[Tensor] = []
+        self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
+        self._recent = torch.zeros(num_slots, sampling.window, dtype=torch.int64, device=device)
+        candidates = num_candidates(sampling, vocab_size) if sampling.temperature else 0
+        self._block = max(1, min(256, _NOISE_BYTES // max(1, 4 * candidates)))  # steps of one upload
+        self._noise = torch.ones(num_slots, self._block, candidates, device=device)
+        self._drawn = torch.zeros(num_slots, dtype=torch.int64, device=device)  # next step of the block, on the device
+        self._used = [0] * num_slots  # the same on the host
+        self._generators = [torch.Generator() for _ in range(num_slots)]
 
-    def next(self, logits: Tensor) -> Tensor:
-        """Return the next ids [B] int64 and remember them. logits: [B, V] float32, not written."""
-        scores = penalised(logits, self._seen, self._recent, self.sampling)
-        if self.sampling.temperature == 0:
-            ids = scores.argmax(-1)
-        else:
-            kept, candidates = filtered(scores, self.sampling)
-            # argmax(p / Exp(1)) is a draw from p: the exponential race. Source: Gumbel-max trick, arXiv 1110.0214.
-            choice = (kept.softmax(-1) / self._next_noise(kept)).argmax(-1, keepdim=True)
-            ids = candidates.gather(1, choice)[:, 0]
-        self._seen.scatter_(1, ids[:, None], True)
-        self._recent = torch.cat((self._recent, ids[:, None]), dim=1)[:, 1:] if self.sampling.window else self._recent
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The tensors that a step writes."""
+        return self._seen, self._recent, self._drawn
+
+    def begin(self, slot: int, input_ids: Tensor, seed: int) -> None:
+        """Start a round in a slot. input_ids: [S] int64 on the device, its prompt; the window starts with their end."""
+        seen = self._seen[slot]
+        seen.zero_().scatter_(0, input_ids, True)
+        # A short prompt fills the window by repeating its first id, which changes nothing: an id is penalised once.
+        padded = torch.cat((input_ids[:1].expand(self.sampling.window), input_ids))
+        self._recent[slot].copy_(padded[len(padded) - self.sampling.window :])
+        self._generators[slot] = torch.Generator().manual_seed(seed)
+        self._used[slot] = self._block
+
+    def prepare(self, slots: slice) -> None:
+        """Provide the noise of the next step. Host work, outside a captured step; call it before each `next`."""
+        if not self.sampling.temperature:
+            return
+        for slot in range(*slots.indices(len(self._used))):
+            if self._used[slot] == self._block:
+                block = torch.empty(self._noise.shape[1:]).exponential_(generator=self._generators[slot])
+                self._noise[slot].copy_(block.clamp_min_(1e-20))
+                self._drawn[slot : slot + 1].zero_()
+                self._used[slot] = 0
+            self._used[slot] += 1
+
+    def next(self, logits: Tensor, slots: slice) -> Tensor:
+        """Return the next ids [B] int64 of some slots and remember them. logits: [B, V] float32, not written."""
+        seen, recent = self._seen[slots], self._recent[slots]
+        scores = penalised(logits, seen, recent, self.sampling)
+        ids = self._drawn_ids(scores, slots) if self.sampling.temperature else scores.argmax(-1)
+        seen.scatter_(1, ids[:, None], True)
+        if self.sampling.window:
+            recent.copy_(torch.cat((recent[:, 1:], ids[:, None]), dim=1))
         return ids
 
-    def _next_noise(self, like: Tensor) -> Tensor:
-        """Return Exp(1) noise shaped like `like`, from the host's generator: the same on every device."""
-        if not self._noise:
-            steps = max(1, _NOISE_BYTES // (4 * like.numel()))
-            block = torch.empty(steps, *like.shape).exponential_(generator=self._generator)
-            self._noise = list(block.clamp_min_(1e-20).to(like.device).unbind(0))[::-1]
-        return self._noise.pop()
+    def move(self, source: int, target: int) -> None:
+        """Let the round of slot `source` go on in slot `target`."""
+        for tensor in (*self.state, self._noise):
+            tensor[target].copy_(tensor[source])
+        self._used[target], self._generators[target] = self._used[source], self._generators[source]
+
+    def _drawn_ids(self, scores: Tensor, slots: slice) -> Tensor:
+        """Return ids [B] drawn from the filtered scores.
+
+        argmax(p / Exp(1)) is a draw from p: the exponential race. Source: Gumbel-max trick, arXiv 1110.0214.
+        """
+        kept, candidates = filtered(scores, self.sampling)
+        drawn = self._drawn[slots]
+        noise = self._noise[slots].gather(1, drawn[:, None, None].expand(-1, 1, kept.shape[1]))[:, 0]
+        drawn.add_(1)
+        choice = (kept.softmax(-1) / noise).argmax(-1, keepdim=True)
+        return candidates.gather(1, choice)[:, 0]
 
 
 def penalised(logits: Tensor, seen: Tensor, recent: Tensor, sampling: Sampling) -> Tensor:
@@ -93,14 +127,20 @@ def penalised(logits: Tensor, seen: Tensor, recent: Tensor, sampling: Sampling) 
     return scores
 
 
-def filtered(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return (scores [B, K] in falling order, -inf where top-p drops them; ids [B, K]) after temperature, top-k, top-p.
+def num_candidates(sampling: Sampling, vocab_size: int) -> int:
+    """Return how many ids top-k leaves to choose from: top_k, some more for ties with the last of them, or all."""
+    return min(sampling.top_k + _TIES, vocab_size) if sampling.top_k else vocab_size
 
-    K is top_k, or V if top_k is 0. At least one candidate stays.
+
+def filtered(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return (scores [B, K] in falling order, -inf where dropped; ids [B, K]) after temperature, top-k, top-p.
+
+    K is num_candidates(). What ties with the last of the top k stays; at least one candidate stays.
     """
-    vocab_size = scores.shape[-1]
-    count = min(sampling.top_k, vocab_size) if sampling.top_k else vocab_size
+    count = num_candidates(sampling, scores.shape[-1])
     kept, candidates = (scores / sampling.temperature).topk(count, dim=-1)
+    if 0 < sampling.top_k < count:
+        kept = kept.masked_fill(kept < kept[:, sampling.top_k - 1, None], -torch.inf)
     if sampling.top_p < 1:
         # A candidate goes if it and all weaker ones together hold at most 1 - top_p.
         weaker = kept.softmax(-1).flip(-1).cumsum(-1).flip(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import audio, prompt
-from covo_npu.runtime.decode import generate
-from covo_npu.runtime.sampling import Sampler, Sampling
+from covo_npu.runtime.decode import Decoder, Readback, generate
+from covo_npu.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
@@ -57,12 +57,36 @@ class Reply:
     timing: Timing
 
 
+@dataclass(slots=True)
+class Round:
+    """One round under way: its prompt, the ids generated so far, and when (time.perf_counter) what was done."""
+
+    input_ids: list[int]
+    first_placeholder: int
+    features: Tensor  # [n, C], for the placeholders
+    limit: int  # ids of the reply at most: max_new_tokens, or what the context has left
+    started: float
+    encoded: float
+    tokens: list[int] = field(default_factory=list)
+    answered: float = 0.0  # the first id was there
+    decoded: float = 0.0  # the last one was
+
+
 class Session:
-    """The state of one dialogue: its KV cache and how many of its rows are valid."""
+    """The state of one dialogue: how many rows of its slot of the KV cache are valid."""
 
     def __init__(
-        self, model: CovoAudio, mode: str, sampling: Sampling, max_new_tokens: int, seed: int, system: str | None
+        self,
+        model: CovoAudio,
+        mode: str,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        system: str | None,
+        decoder: Decoder | None = None,
+        slot: int = 0,
     ) -> None:
+        """decoder, slot: where the dialogue is decoded if it shares a decoder; by default it has one of its own."""
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, found {mode!r}")
         if max_new_tokens < 1:
@@ -80,8 +104,9 @@ class Session:
         self.system = prompt.DEFAULT_SYSTEM_PROMPT if system is None else system
         self.rounds = 0
         self.length = 0  # valid rows of the cache; the last token of a reply is never among them
+        self.slot = slot
         self._stop_id = model.manifest.special_tokens[stop_name]
-        self._cache = model.allocate_cache()
+        self._decoder = decoder or model.decoder(sampling)
 
     @torch.inference_mode()
     def say(
@@ -97,20 +122,60 @@ class Session:
         it is generated, on_progress (stage, done, total) while speech is made. Raises AudioError or ContextError and
         leaves the dialogue as it was.
         """
+        question = self.listen(source, sample_rate)
+        stream = self.model.tokenizer.stream()
+        for token in generate(self._decoder, self.begin(question), self._stop_id, question.limit):
+            self.push(question, token)
+            if on_text and token < self.model.config.audio_token_index and (piece := stream.push(token)):
+                on_text(piece)
+        if on_text and (rest := stream.finish()):
+            on_text(rest)
+        return self.finish(question, on_progress)
+
+    @torch.inference_mode()
+    def listen(self, source: Any, sample_rate: int | None = None) -> Round:
+        """Return the round that a question opens, encoded but not yet in the cache."""
         started = time.perf_counter()
-        waveform = self._waveform(source, sample_rate)
-        features, input_ids, first = self._prompt(waveform)
-        encoded = time.perf_counter()
-        tokens, first_token = self._generate(features, input_ids, first, on_text)
-        decoded = time.perf_counter()
+        features, input_ids, first = self._prompt(self._waveform(source, sample_rate))
+        limit = min(self.max_new_tokens, self.model.max_context - self.length - len(input_ids) + 1)
+        return Round(input_ids, first, features, limit, started, time.perf_counter())
+
+    @torch.inference_mode()
+    def begin(self, question: Round) -> Readback:
+        """Return the first id of the reply, on its way, after the prompt has been put into the cache."""
+        model, llm, start = self.model, self.model.networks.llm, self.length
+        input_ids = torch.tensor(question.input_ids, device=model.device)
+        first, rest = question.first_placeholder, input_ids
+        if start == 0:
+            # Up to the first placeholder all dialogues with this system prompt are the same. The prompt is cut there
+            # for the first of them too: the same question gets the same answer, bit for bit, whoever came before.
+            model.prefixes.fill(self._decoder.cache, self.slot, input_ids[:first])
+            start, first, rest = first, 0, input_ids[first:]
+        embeddings = llm.embed(rest)
+        embeddings[first : first + question.features.shape[0]] = question.features
+        return self._decoder.begin(self.slot, input_ids, embeddings, start, self.seed + self.rounds)
+
+    def push(self, question: Round, token: int) -> bool:
+        """Return whether the reply is complete with this id, which is remembered."""
+        if not question.tokens:
+            self.model.weights.wait()  # every weight has been read by now: nothing is shown before all are verified
+            question.answered = time.perf_counter()
+        question.tokens.append(token)
+        question.decoded = time.perf_counter()
+        return token == self._stop_id or len(question.tokens) == question.limit
+
+    @torch.inference_mode()
+    def finish(self, question: Round, on_progress: Progress | None = None) -> Reply:
+        """Return the reply of a complete round, which the dialogue remembers from now on."""
+        tokens, input_ids = question.tokens, question.input_ids
+        begun = time.perf_counter()
         text_ids, codes = self._split(tokens)
         speech = np.zeros(0, np.float32)
         if self._speech:
             speech = self.model.token2wav(codes, seed=self.seed + self.rounds, on_progress=on_progress)
-        finished = time.perf_counter()
-
+        token2wav_s = time.perf_counter() - begun
         limit = "length" if len(tokens) == self.max_new_tokens else "context"
-        decode_s, token2wav_s = decoded - first_token, finished - decoded
+        decode_s = question.decoded - question.answered
         self.length += len(input_ids) + len(tokens) - 1
         self.rounds += 1
         return Reply(
@@ -121,10 +186,10 @@ class Session:
             sample_rate=audio.SAMPLE_RATE,
             stop_reason="stop" if tokens[-1] == self._stop_id else limit,
             prompt_tokens=len(input_ids),
-            placeholders=features.shape[0],
+            placeholders=question.features.shape[0],
             timing=Timing(
-                encode_s=encoded - started,
-                ttft_s=first_token - started,
+                encode_s=question.encoded - question.started,
+                ttft_s=question.answered - question.started,
                 decode_s=decode_s,
                 tokens_per_s=(len(tokens) - 1) / decode_s if len(tokens) > 1 else 0.0,
                 token2wav_s=token2wav_s if self._speech else 0.0,
@@ -157,31 +222,6 @@ class Session:
             )
         first = input_ids.index(model.manifest.special_tokens["cAUDIO"])
         return model.encode(waveform)[:placeholders], input_ids, first
-
-    def _generate(
-        self, features: Tensor, input_ids: list[int], first: int, on_text: Callable[[str], None] | None
-    ) -> tuple[list[int], float]:
-        """Return (ids of the reply, when the first one was there)."""
-        model, llm = self.model, self.model.networks.llm
-        embeddings = llm.embed(torch.tensor(input_ids, device=model.device))
-        embeddings[first : first + features.shape[0]] = features
-        logits = llm.prefill(embeddings, self._cache, 0, self.length)
-        vocab_size = model.config.llm.vocab_size
-        sampler = Sampler(self.sampling, [input_ids], vocab_size, model.device, self.seed + self.rounds)
-        length = self.length + len(input_ids)
-        tokens: list[int] = []
-        first_token = 0.0
-        stream = model.tokenizer.stream()
-        for token in generate(llm, self._cache, logits, length, sampler, self._stop_id, self.max_new_tokens):
-            if not tokens:
-                model.weights.wait()  # every weight has been read by now: nothing is shown before all are verified
-                first_token = time.perf_counter()
-            tokens.append(token)
-            if on_text and token < model.config.audio_token_index and (piece := stream.push(token)):
-                on_text(piece)
-        if on_text and (rest := stream.finish()):
-            on_text(rest)
-        return tokens, first_token
 
     def _split(self, tokens: list[int]) -> tuple[list[int], list[int]]:
         """Return (text ids, audio codes). An id beyond the table of codes is neither."""
