@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+SNAKE_CONTEXT = 5  # inputs on each side of a sample of anti_aliased_snake that it depends on
+
 
 class Kernels(Protocol):
     """One backend. Passed to the constructors of the networks, never looked up."""
@@ -120,7 +122,14 @@ class Kernels(Protocol):
         ...
 
     def anti_aliased_snake(
-        self, x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        inverse_beta: Tensor,
+        up: tuple[float, ...],
+        down: tuple[float, ...],
+        starts: bool = True,
+        ends: bool = True,
     ) -> Tensor:
         """Return SnakeBeta computed at twice the rate: [B, C, L].
 
@@ -128,6 +137,8 @@ class Kernels(Protocol):
         Upsample by 2 (replicate-pad 5 and 5, transposed convolution with `up`, times 2, crop 15 and 15), then
         x + sin(alpha * x)^2 * inverse_beta, then downsample by 2 (replicate-pad 5 and 6, convolution with `down`,
         stride 2).
+        A sample depends on SNAKE_CONTEXT inputs on both sides. Where x is a piece from inside a signal (not `starts`,
+        not `ends`), that many of its samples are context: the result is shorter by them and independent of the cut.
         Source: arXiv 2206.04658 (BigVGAN), section 3.2.
         """
         ...

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from covo_npu.kernels.interface import SNAKE_CONTEXT
+
 name = "reference"
 
 
@@ -112,12 +114,19 @@ def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 
 
 def anti_aliased_snake(
-    x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...]
+    x: Tensor,
+    alpha: Tensor,
+    inverse_beta: Tensor,
+    up: tuple[float, ...],
+    down: tuple[float, ...],
+    starts: bool = True,
+    ends: bool = True,
 ) -> Tensor:
-    channels = x.shape[1]
+    channels, length = x.shape[1:]
     up_filter = x.new_tensor(up, dtype=torch.float32).expand(channels, 1, -1)
     down_filter = x.new_tensor(down, dtype=torch.float32).expand(channels, 1, -1)
     y = F.conv_transpose1d(F.pad(x.float(), (5, 5), "replicate"), up_filter, stride=2, groups=channels)
     y = 2 * y[..., 15:-15]
     y = y + torch.sin(alpha.float()[:, None] * y).pow(2) * inverse_beta.float()[:, None]
-    return F.conv1d(F.pad(y, (5, 6), "replicate"), down_filter, stride=2, groups=channels).to(x.dtype)
+    y = F.conv1d(F.pad(y, (5, 6), "replicate"), down_filter, stride=2, groups=channels).to(x.dtype)
+    return y[..., 0 if starts else SNAKE_CONTEXT : length if ends else length - SNAKE_CONTEXT]

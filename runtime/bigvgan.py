@@ -1,19 +1,63 @@
-"""BigVGAN vocoder: latents at 100 Hz to a waveform at 24 kHz. Causal but for its first layer and anti-alias filters.
+"""BigVGAN vocoder: latents at 100 Hz to a waveform at 24 kHz, at once or in pieces.
 
 Source: arXiv 2206.04658. Weight norm is folded and the log-scale parameters are exponentiated at conversion.
+
+There is one way through the network: pieces of any size go in, the samples that they decide come out, and a Stream
+keeps the last inputs of each layer for the next piece. A whole reply is a stream of large pieces. Only conv_pre and the
+anti-alias filters look ahead: `samples_ready` adds up how far.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from covo_npu.kernels.interface import Kernels
+from covo_npu.kernels.interface import SNAKE_CONTEXT, Kernels
 from covo_npu.runtime.config import VocoderConfig
 from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, Stack, parameter
 
 FILTER_TAPS = 12
+
+# Frames of a piece by device. On the CPU the activations of a piece stay in the caches; a device wants few launches,
+# and the convolutions of an NPU take at most 1,000,000 samples.
+PIECE_FRAMES = {"cpu": 64}
+PIECE_FRAMES_OF_A_DEVICE = 1024
+
+
+class Stream:
+    """What one run remembers between its pieces: the last inputs of every layer, a constant amount.
+
+    `ends` says that no piece follows: layers that look ahead give out what they hold back.
+    """
+
+    def __init__(self) -> None:
+        self.ends = False
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def extended(self, layer: Hashable, x: Tensor, reach: int, zeros: int = 0) -> Tensor:
+        """Return x with the layer's kept inputs before it, or with some zeros if this is its first piece.
+
+        Keeps the last `reach` of the result (all, if it has fewer) for the next piece.
+        """
+        kept = self._kept.get(layer)
+        buffer = torch.cat((x.new_zeros(*x.shape[:-1], zeros) if kept is None else kept, x), dim=-1)
+        self._kept[layer] = buffer[..., max(0, buffer.shape[-1] - reach) :].clone()  # a view would keep the whole piece
+        return buffer
+
+    def delayed(self, layer: Hashable, x: Tensor, count: int) -> Tensor:
+        """Return the `count` oldest inputs that were not returned yet, and keep the rest."""
+        kept = self._kept.get(layer)
+        buffer = x if kept is None else torch.cat((kept, x), dim=-1)
+        self._kept[layer] = buffer[..., count:].clone()
+        return buffer[..., :count]
+
+    def rows(self, chosen: Sequence[int]) -> "Stream":
+        """Return a stream that goes on with some rows of the batch."""
+        part = Stream()
+        part._kept = {layer: kept[list(chosen)] for layer, kept in self._kept.items()}
+        return part
 
 
 class Filters(nn.Module):
@@ -33,7 +77,9 @@ class Filters(nn.Module):
 
 
 class Snake(nn.Module):
-    """SnakeBeta at twice the rate. alpha and inverse_beta: [C]."""
+    """SnakeBeta at twice the rate; its samples come SNAKE_CONTEXT late. alpha and inverse_beta: [C]."""
+
+    window = 2 * SNAKE_CONTEXT
 
     def __init__(self, channels: int, kernels: Kernels) -> None:
         super().__init__()
@@ -41,21 +87,56 @@ class Snake(nn.Module):
         self.alpha = parameter(channels)
         self.inverse_beta = parameter(channels)
 
-    def forward(self, x: Tensor, filters: Filters) -> Tensor:
-        return self.kernels.anti_aliased_snake(x, self.alpha, self.inverse_beta, *filters.taps())
+    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+        buffer = stream.extended(self, x, self.window)
+        if buffer.shape[-1] < self.window and not stream.ends:
+            return x[..., :0]  # the first samples wait until the edge lies outside of the window
+        starts = buffer.shape[-1] - x.shape[-1] < self.window
+        return self.kernels.anti_aliased_snake(
+            buffer, self.alpha, self.inverse_beta, *filters.taps(), starts, stream.ends
+        )
+
+    @classmethod
+    def samples_ready(cls, inputs: int) -> int:
+        """Return how many samples are out after some inputs, the end not yet known."""
+        return inputs - SNAKE_CONTEXT if inputs >= cls.window else 0
 
 
-class CausalConv1d(Conv1d):
-    """A convolution that sees only the past: kernel - 1 zeros, times the dilation, on the left."""
+class StreamConv1d(Conv1d):
+    """A convolution of stride 1 between zeros; causal but for `look_ahead` inputs."""
 
     def __init__(
-        self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1
-    ) -> None:
+        self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int,
+        dilation: int = 1, look_ahead: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(kernels, in_channels, out_channels, kernel_size, dilation=dilation)
-        self.left = dilation * (kernel_size - 1)
+        self.reach = dilation * (kernel_size - 1)
+        self.look_ahead = look_ahead
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (self.left, 0)))
+    def step(self, x: Tensor, stream: Stream) -> Tensor:
+        """Return [B, C_out, N'], as much as can be told. x: [B, C_in, N]."""
+        buffer = stream.extended(self, x, self.reach, zeros=self.reach - self.look_ahead)
+        if stream.ends and self.look_ahead:
+            buffer = F.pad(buffer, (0, self.look_ahead))
+        if buffer.shape[-1] <= self.reach:
+            return x.new_empty(x.shape[0], self.weight.shape[0], 0)
+        return self(buffer)
+
+
+class Upsample(ConvTranspose1d):
+    """A causal transposed convolution: `rate` outputs an input."""
+
+    def __init__(self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int, rate: int) -> None:
+        super().__init__(kernels, in_channels, out_channels, kernel_size, stride=rate)
+        self.rate = rate
+        self.reach = -(-kernel_size // rate) - 1  # inputs before its own that an output depends on
+
+    def step(self, x: Tensor, stream: Stream) -> Tensor:
+        """Return [B, C_out, N * rate]. x: [B, C_in, N]."""
+        if not x.shape[-1]:
+            return x.new_empty(x.shape[0], self.weight.shape[1], 0)
+        buffer = stream.extended(self, x, self.reach, zeros=self.reach)
+        return self(buffer)[..., self.reach * self.rate : buffer.shape[-1] * self.rate]
 
 
 class ResidualBlock(nn.Module):
@@ -63,14 +144,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels) -> None:
         super().__init__()
-        self.conv1 = Stack(CausalConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
-        self.conv2 = Stack(CausalConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
+        self.conv1 = Stack(StreamConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
+        self.conv2 = Stack(StreamConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
         self.acts = Stack(Snake(channels, kernels) for _ in range(2 * len(dilations)))
 
-    def forward(self, x: Tensor, filters: Filters) -> Tensor:
-        """Return [B, C, N] like x."""
+    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+        """Return [B, C, N'], as much as can be told. x: [B, C, N]."""
         for conv1, conv2, act1, act2 in zip(self.conv1, self.conv2, self.acts[::2], self.acts[1::2], strict=True):
-            x = x + conv2(act2(conv1(act1(x, filters)), filters))
+            y = conv1.step(act1(x, filters, stream), stream)
+            y = conv2.step(act2(y, filters, stream), stream)
+            x = y.add_(stream.delayed((self, conv1), x, y.shape[-1]))
         return x
 
 
@@ -80,19 +163,28 @@ class Stage(nn.Module):
     def __init__(self, config: VocoderConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
         channels = config.initial_channels // 2 ** (index + 1)
-        self.rate = config.upsample_rates[index]
-        self.upsample = ConvTranspose1d(
-            kernels, 2 * channels, channels, config.upsample_kernel_sizes[index], stride=self.rate
+        self.upsample = Upsample(
+            kernels, 2 * channels, channels, config.upsample_kernel_sizes[index], config.upsample_rates[index]
         )
         self.blocks = Stack(
             ResidualBlock(channels, kernel_size, dilations, kernels)
             for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
         )
 
-    def forward(self, x: Tensor, filters: Filters) -> Tensor:
-        """Return [B, C / 2, N * rate]. x: [B, C, N]."""
-        x = self.upsample(x)[..., : x.shape[-1] * self.rate]  # the tail that would belong to the next sample goes
-        return torch.stack([block(x, filters) for block in self.blocks]).mean(0)
+    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+        """Return [B, C / 2, N'], as much as can be told of N * rate. x: [B, C, N]."""
+        x = self.upsample.step(x, stream)
+        total, *others = (block(x, filters, stream) for block in self.blocks)
+        for other in others:
+            total += other
+        return total.div_(len(self.blocks))
+
+    def samples_ready(self, inputs: int) -> int:
+        """Return how many samples are out after some inputs, the end not yet known."""
+        samples = inputs * self.upsample.rate
+        for act in self.blocks[0].acts:
+            samples = act.samples_ready(samples)
+        return samples
 
 
 class BigVGAN(nn.Module):
@@ -102,16 +194,57 @@ class BigVGAN(nn.Module):
         super().__init__()
         last_channels = config.initial_channels // 2 ** len(config.upsample_rates)
         self.filters = Filters()
-        self.conv_pre = Conv1d(kernels, config.latent_dim, config.initial_channels, 7, padding=3)
+        self.conv_pre = StreamConv1d(kernels, config.latent_dim, config.initial_channels, 7, look_ahead=3)
         self.stages = Stack(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
         self.act_post = Snake(last_channels, kernels)
-        self.conv_post = CausalConv1d(kernels, last_channels, 1, 7)
+        self.conv_post = StreamConv1d(kernels, last_channels, 1, 7)
 
-    def forward(self, latents: Tensor, on_stage: Callable[[int, int], None] | None = None) -> Tensor:
-        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz; on_stage gets (done, total)."""
-        x = self.conv_pre(latents)
-        for done, stage in enumerate(self.stages, 1):
-            x = stage(x, self.filters)
-            if on_stage:
-                on_stage(done, len(self.stages))
-        return torch.tanh(self.conv_post(self.act_post(x, self.filters)))[:, 0]
+    def forward(self, latents: Tensor, on_piece: Callable[[int, int], None] | None = None) -> Tensor:
+        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz; on_piece gets (done, total)."""
+        return torch.stack(self.replies(list(latents), on_piece))
+
+    def replies(self, latents: Sequence[Tensor], on_piece: Callable[[int, int], None] | None = None) -> list[Tensor]:
+        """Return the waveform [N] of each reply's latents [Z, L], L >= 1, computed in one batch.
+
+        Nothing is padded: a reply leaves the batch where it ends, so it sounds as it would alone.
+        """
+        lengths = [reply.shape[-1] for reply in latents]
+        longest = max(lengths)
+        piece = PIECE_FRAMES.get(latents[0].device.type, PIECE_FRAMES_OF_A_DEVICE)
+        cuts = sorted({0, *range(piece, longest, piece), *lengths})
+        waveforms: list[list[Tensor]] = [[] for _ in latents]
+
+        def advance(rows: list[int], start: int, end: int, stream: Stream, ends: bool) -> None:
+            frames = torch.stack([latents[row][:, start:end] for row in rows])
+            for row, samples in zip(rows, self.step(frames, stream, ends)):
+                waveforms[row].append(samples)
+
+        # The longest first, so that the replies that go on are always the first rows of the batch.
+        rows, stream = sorted(range(len(latents)), key=lambda row: -lengths[row]), Stream()
+        for done, (start, end) in enumerate(pairwise(cuts), 1):
+            advance(rows, start, end, stream, ends=end == longest)
+            going_on = sum(lengths[row] > end for row in rows)
+            if 0 < going_on < len(rows):
+                advance(rows[going_on:], end, end, stream.rows(range(going_on, len(rows))), ends=True)
+                rows, stream = rows[:going_on], stream.rows(range(going_on))
+            if on_piece:
+                on_piece(done, len(cuts) - 1)
+        return [torch.cat(pieces) for pieces in waveforms]
+
+    def step(self, latents: Tensor, stream: Stream, ends: bool) -> Tensor:
+        """Return the samples [B, N] that one more piece decides. latents: [B, Z, L], L >= 0.
+
+        A stream starts as Stream() and ends with the piece that says so; then all 240 samples a frame have come out.
+        """
+        stream.ends = ends
+        x = self.conv_pre.step(latents, stream)
+        for stage in self.stages:
+            x = stage(x, self.filters, stream)
+        return torch.tanh(self.conv_post.step(self.act_post(x, self.filters, stream), stream))[:, 0]
+
+    def samples_ready(self, frames: int) -> int:
+        """Return how many samples are out after some frames of a stream that goes on."""
+        samples = max(0, frames - self.conv_pre.look_ahead)
+        for stage in self.stages:
+            samples = stage.samples_ready(samples)
+        return self.act_post.samples_ready(samples)
