@@ -108,22 +108,17 @@ def model_config(path: Path) -> ModelConfig:
     encoder_size = data.count("encoder_config.d_model")
     downsample = data.count("adapter_downsample")
     data.require(downsample & (downsample - 1) == 0, f"adapter_downsample: expected a power of 2, found {downsample}")
-    data.require(
-        data.find("llm_config.head_dim") is not None or hidden % heads == 0,
-        f"llm_config: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
-    )
+    if data.find("llm_config.head_dim") is None:
+        data.require_multiple("llm_config.hidden_size", "llm_config.num_attention_heads")
     encoder_heads = data.count("encoder_config.encoder_attention_heads")
-    data.require(
-        encoder_size % encoder_heads == 0,
-        f"encoder_config: d_model {encoder_size} is no multiple of encoder_attention_heads {encoder_heads}",
-    )
+    data.require_multiple("encoder_config.d_model", "encoder_config.encoder_attention_heads")
     config = ModelConfig(
         llm=LLMConfig(
             num_layers=data.count("llm_config.num_hidden_layers"),
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=data.count("llm_config.num_key_value_heads"),
-            head_dim=data.count("llm_config.head_dim", default=hidden // heads),
+            head_dim=data.count("llm_config.head_dim", default=max(1, hidden // heads)),
             intermediate_size=data.count("llm_config.intermediate_size"),
             vocab_size=data.count("llm_config.vocab_size"),
             rms_norm_eps=data.number("llm_config.rms_norm_eps"),
@@ -156,7 +151,7 @@ def token2wav_config(path: Path, voice: VoiceConfig) -> Token2WavConfig:
     data = _Fields(path, read_json(path) if path.exists() else TOKEN2WAV_DEFAULTS, FIXED_TOKEN2WAV)
     latent, transformer, vocoder = "model.token2latent.", "model.token2latent.transformer.", "model.wavegan."
     hidden, heads = data.count(transformer + "hidden_size"), data.count(transformer + "num_heads")
-    data.require(hidden % heads == 0, f"{transformer}hidden_size {hidden} is no multiple of num_heads {heads}")
+    data.require_multiple(transformer + "hidden_size", transformer + "num_heads")
     data.require(
         hidden % CONV_EMBED_GROUPS == 0, f"{transformer}hidden_size {hidden} is no multiple of {CONV_EMBED_GROUPS}"
     )
@@ -259,6 +254,12 @@ class _Fields:
         if not holds:
             self.findings.append(finding)
         return holds
+
+    def require_multiple(self, path: str, of: str) -> None:
+        """Note it if one count is no multiple of another; what is no count at all is noted elsewhere."""
+        value, unit = self.find(path), self.find(of)
+        if type(value) is int and type(unit) is int and unit > 0:
+            self.require(value % unit == 0, f"{path}: expected a multiple of {of} = {unit}, found {value}")
 
     def refuse(self) -> None:
         """Raise ConvertError with all findings, if there are any."""

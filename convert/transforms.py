@@ -51,7 +51,7 @@ def mean(statistics: Tensor) -> Tensor:
 
 def std(statistics: Tensor) -> Tensor:
     """Return the square root of the second half: the latents' standard deviation [Z]. Inverse: the square."""
-    return statistics[statistics.numel() // 2 :].sqrt()
+    return statistics[statistics.numel() // 2 :].double().sqrt().to(statistics.dtype)
 
 
 def equal(*tensors: Tensor) -> Tensor:
