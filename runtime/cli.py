@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from covo_npu.kernels.errors import CovoError
-from covo_npu.runtime import console
+from covo_npu.runtime import batch_cli, console
 
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
@@ -83,6 +83,22 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--json", "json_file", metavar="FILE|-", help="Write all results as one JSON object.")
 @click.option("--max-context", type=click.IntRange(min=1), help="Tokens that a dialogue may hold. Default: 8192.")
 @click.option(
+    "--batch",
+    type=click.Path(path_type=Path),
+    help='Answer the dialogues of this file: {"id": "q1", "audio": "q1.wav"} a line, or a list of WAVs. Results go to '
+    "results.jsonl in --output as they are complete; started again, it goes on with what is missing.",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="With --batch: dialogues at a time."
+)
+@click.option(
+    "--graph",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Replay decode steps as captured graphs. auto: on for CUDA, off for NPU, where nobody has confirmed it yet.",
+)
+@click.option(
     "--load",
     type=click.Choice(["mmap", "eager"]),
     default="mmap",
@@ -103,22 +119,34 @@ def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: 
     if options["verbose"]:
         logging.basicConfig(level=logging.INFO, format=f"{PROG}: %(message)s")
     screen = Screen(quiet=options["quiet"], err=json_file == "-")
+    if options["batch"] and wav:
+        raise click.UsageError("--batch takes its questions from its file: leave out the WAVs")
     speaks = options["mode"] == "a2ta"
-    for folder in ([options["output"]] if speaks else []) + ([Path(json_file).parent] if json_file else []):
+    for folder in ([options["output"]] if speaks or options["batch"] else []) + (
+        [Path(json_file).parent] if json_file else []
+    ):
         _require_writable(folder)
 
+    if options["batch"]:
+        batch_cli.read_dialogues(options["batch"])  # a fault in the file is told before the weights are loaded
     model = _load(ckpt, speaks, options)
     report = _report(model)
     screen.line(_ready_line(report))
     chosen = {name: options[name] for name in SAMPLING if options[name] is not None}
-    session = model.session(
-        mode=options["mode"],
-        sampling=dataclasses.replace(model.generation.sampling, **chosen),
-        max_new_tokens=options["max_new_tokens"],
-        seed=options["seed"],
-        system=options["system"],
-    )
-    failed = _converse(session, wav, report, options["output"], screen)
+    dialogue = {
+        "mode": options["mode"],
+        "sampling": dataclasses.replace(model.generation.sampling, **chosen),
+        "max_new_tokens": options["max_new_tokens"],
+        "seed": options["seed"],
+        "system": options["system"],
+    }
+    if options["batch"]:
+        failed = _batch(model, dialogue, report, screen, options)
+    else:
+        failed = _converse(model.session(**dialogue), wav, report, options["output"], screen)
+    if model.capture and model.capture.report.graphs:
+        graphs = report["graphs"] = dataclasses.asdict(model.capture.report)
+        screen.line(f"{graphs['graphs']} graphs captured in {graphs['seconds']:.2f} s, {graphs['bytes'] / 1e6:.0f} MB")
     if json_file:
         _write_json(json_file, report)
     return console.FAULT if failed else console.OK
@@ -155,6 +183,7 @@ def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:
         mode=options["load"],
         check=options["check"],
         speech=speaks,
+        graph=options["graph"],
         **limits,
     )
     if options["voice"]:
@@ -201,6 +230,30 @@ def _converse(session: Session, wav: tuple[str, ...], report: dict[str, Any], ou
             if wav:
                 break
     return bool(report["errors"]) and not (not wav and sys.stdin.isatty())
+
+
+def _batch(
+    model: CovoAudio, dialogue: dict[str, Any], report: dict[str, Any], screen: Screen, options: dict[str, Any]
+) -> bool:
+    """Return whether a dialogue of --batch failed. Fills the report's totals and errors."""
+    from covo_npu.runtime.engine import Answer, Engine
+
+    def show(answer: Answer) -> None:
+        if answer.error is not None:
+            click.echo(f"{PROG}: {answer.dialogue.name}: {answer.error}", err=True)
+            report["errors"].append({"id": answer.dialogue.name, "message": str(answer.error)})
+        tokens = sum(len(reply.tokens) for reply in answer.replies)
+        screen.line(f"{answer.dialogue.name}: {len(answer.replies)} rounds, {tokens} tokens")
+
+    engine = Engine(model, options["max_batch"], **dialogue)
+    totals = batch_cli.run(engine, options["batch"], options["output"], show)
+    report["totals"] = dataclasses.asdict(totals)
+    skipped = f", {totals.skipped} answered before" if totals.skipped else ""
+    screen.line(
+        f"{totals.dialogues} dialogues{skipped}: {totals.tokens} tokens in {totals.seconds:.2f} s, "
+        f"{totals.tokens_per_s:.2f}/s, {totals.mean_batch:.1f} side by side"
+    )
+    return bool(totals.failed)
 
 
 def _typed(screen: Screen) -> Iterator[str]:

@@ -68,6 +68,7 @@ class Round:
     started: float
     encoded: float
     tokens: list[int] = field(default_factory=list)
+    complete: bool = False
     answered: float = 0.0  # the first id was there
     decoded: float = 0.0  # the last one was
 
@@ -155,14 +156,14 @@ class Session:
         embeddings[first : first + question.features.shape[0]] = question.features
         return self._decoder.begin(self.slot, input_ids, embeddings, start, self.seed + self.rounds)
 
-    def push(self, question: Round, token: int) -> bool:
-        """Return whether the reply is complete with this id, which is remembered."""
+    def push(self, question: Round, token: int) -> None:
+        """Add an id to the reply of a round, and note whether it is complete with it."""
         if not question.tokens:
             self.model.weights.wait()  # every weight has been read by now: nothing is shown before all are verified
             question.answered = time.perf_counter()
         question.tokens.append(token)
         question.decoded = time.perf_counter()
-        return token == self._stop_id or len(question.tokens) == question.limit
+        question.complete = token == self._stop_id or len(question.tokens) == question.limit
 
     @torch.inference_mode()
     def finish(self, question: Round, on_progress: Progress | None = None) -> Reply:
