@@ -52,9 +52,7 @@ setup(
         "dev": [
             *CONVERT,
             "torchdiffeq",
-            "scipy",
             "matplotlib",
-            "psutil",
             "pytest",
             "pytest-cov",
             "hypothesis",
