@@ -42,6 +42,8 @@ def new_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     parent, name = destination.parent, destination.name
     with _lock(parent / f".{name}.lock", destination):
         _clear(parent, name, destination)
+        if not replace and destination.exists() and any(destination.iterdir()):
+            raise ConvertError(f"{destination} exists; --force replaces it once the new one is complete")
         partial = parent / f".{name}.partial-{os.getpid()}"
         partial.mkdir()
         try:
