@@ -9,7 +9,7 @@ if "develop" in sys.argv:
     sys.exit("covo-npu: 'setup.py develop' would install a package that cannot be imported; use: pip install -e .")
 
 FOLDERS = ("convert", "runtime", "kernels", "tools")
-CONVERT = ["transformers>=4.57", "librosa>=0.10"]
+CONVERT = ["transformers>=4.57"]  # only where a checkpoint has vocab.json and merges.txt but no tokenizer.json
 
 setup(
     name="covo-npu",
@@ -51,6 +51,7 @@ setup(
         "npu": ["torch_npu"],
         "dev": [
             *CONVERT,
+            "librosa",
             "torchdiffeq",
             "matplotlib",
             "pytest",

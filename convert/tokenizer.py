@@ -67,7 +67,13 @@ def _build(folder: Path) -> bytes:
     missing = [str(folder / name) for name in SLOW_FILES if not (folder / name).is_file()]
     if missing:
         raise ConvertError(f"{folder}: has no {TOKENIZER}, and {' and '.join(missing)} to build it from is missing")
-    from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # heavy, and only needed here
+    try:
+        from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # heavy, and only needed here
+    except ImportError as error:
+        raise ConvertError(
+            f"{folder}: has no {TOKENIZER}, and building it from {' and '.join(SLOW_FILES)} needs transformers "
+            f"({error}); pip install 'covo-npu[convert]', or put a {TOKENIZER} there"
+        ) from error
 
     try:
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 import re
 import shutil
 from collections.abc import Callable
@@ -315,6 +316,14 @@ def test_a_tokenizer_is_built_from_vocabulary_and_merges(source: Path, convert, 
     ):
         assert built.encode(text).ids == given.encode(text).ids, text
     assert built.get_vocab_size() == 545
+
+
+def test_building_a_tokenizer_without_transformers_says_how_to_get_it(source: Path, convert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert convert(source).code == 0, "not needed where there is a tokenizer.json"
+    (source / "tokenizer.json").unlink()
+    outcome = convert(source, "--force")
+    assert outcome.code == 1 and "pip install 'covo-npu[convert]'" in outcome.err, outcome.err
 
 
 @pytest.mark.parametrize("listed_in", ["tokenizer_config.json", "added_tokens.json"])
