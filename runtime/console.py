@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from covo_npu.kernels.errors import CovoError
 
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and NPU; the CPU
 OK, FAULT, USAGE = 0, 1, 2
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -26,9 +28,9 @@ class Terminated(BaseException):
 def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int:
     """Return the exit code of a command line: 0 ok, 1 fault, 2 usage, 130 SIGINT, 143 SIGTERM.
 
-    A CovoError, a ClickException or an OSError (no such file, no permission, no space) becomes one message on stderr;
-    with --verbose among the arguments its traceback stands before it. Any other exception is a fault of ours and
-    keeps its traceback. A reader that closes our stdout ends the program quietly.
+    A CovoError, a ClickException, an OSError (no such file, no permission, no space) or a lack of memory becomes one
+    message on stderr; with --verbose among the arguments its traceback stands before it. Any other exception is a
+    fault of ours and keeps its traceback. A reader that closes our stdout ends the program quietly.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -47,12 +49,14 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
         return _ended(prog, "interrupted", INTERRUPTED)
     except Terminated:
         return _ended(prog, "terminated", TERMINATED)
-    except (CovoError, click.ClickException, OSError) as error:
+    except (CovoError, click.ClickException, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             return _reader_gone()
+        message = _message(error)
+        if message is None:
+            raise
         if {"--verbose", "-v"} & set(arguments):
             traceback.print_exc()
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         return _ended(prog, message, FAULT)
     except SystemExit as leave:  # click ends so when the reader of stdout is gone
         return _reader_gone() if leave.code == FAULT else int(leave.code or OK)
@@ -89,6 +93,17 @@ def _termination_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _message(error: Exception) -> str | None:
+    """Return what a user is told of a fault, None if it is ours."""
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, (CovoError, OSError)):
+        return str(error)
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):  # torch's allocators raise RuntimeErrors
+        return f"out of memory: {str(error).partition(chr(10))[0] or 'no more to have'}"
+    return None
 
 
 def _ended(prog: str, message: str, code: int) -> int:

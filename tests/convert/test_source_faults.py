@@ -3,9 +3,9 @@
 import json
 import os
 import pickle
-import sys
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 

@@ -13,7 +13,7 @@ from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import console
 
 @click.command()
-@click.argument("case", type=click.Choice(["ok", "code", "covo", "missing", "bug", "wait", "flood"]))
+@click.argument("case", type=click.Choice(["ok", "code", "covo", "missing", "memory", "bug", "wait", "flood"]))
 @click.option("--verbose", is_flag=True)
 def command(case, verbose):
     if case == "code":
@@ -22,6 +22,9 @@ def command(case, verbose):
         raise CovoError("the cable is cut")
     if case == "missing":
         open("/nonexistent/file")
+    if case == "memory":
+        import torch
+        torch.empty(1 << 60)
     if case == "bug":
         raise ValueError("ours")
     if case == "wait":
@@ -59,6 +62,11 @@ def test_a_fault_is_one_line_with_the_program_in_front():
     assert outcome("covo") == (1, "", "covo-test: the cable is cut\n")
     code, _, err = outcome("missing")
     assert code == 1 and err.startswith("covo-test: ") and "/nonexistent/file" in err and err.count("\n") == 1
+
+
+def test_a_lack_of_memory_is_a_fault_of_one_line():
+    code, _, err = outcome("memory")
+    assert code == 1 and err.startswith("covo-test: out of memory: ") and err.count("\n") == 1
 
 
 def test_verbose_shows_the_traceback_too():
