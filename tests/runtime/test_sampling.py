@@ -1,0 +1,177 @@
+"""Penalties and filters against upstream's scores, rows computed by hand, and transformers' processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from covo_npu.runtime.sampling import Sampler, Sampling, filtered, penalised
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.0)
+WARM = Sampling(temperature=0.5, top_k=50, top_p=0.9)
+
+
+def spread_out(kept: Tensor, candidates: Tensor, vocab_size: int) -> Tensor:
+    return torch.full((kept.shape[0], vocab_size), -torch.inf).scatter(1, candidates, kept)
+
+
+def seen_mask(ids: Tensor, vocab_size: int) -> Tensor:
+    return torch.zeros(ids.shape[0], vocab_size, dtype=torch.bool).scatter(1, ids, True)
+
+
+def logits_of(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+def equal_with_gaps(found: Tensor, expected: Tensor) -> bool:
+    """Whether -inf stands in the same places and the rest agrees to float32 rounding."""
+    gaps = expected.isinf()
+    return torch.equal(found.isinf(), gaps) and torch.allclose(found[~gaps], expected[~gaps], rtol=1e-6, atol=1e-6)
+
+
+def test_scores_equal_upstreams(golden: Callable[[str], dict[str, np.ndarray]]) -> None:
+    arrays = golden("sampling_scores")
+    logits, expected = torch.tensor(arrays["logits"]), torch.tensor(arrays["processed"])
+    ids = torch.tensor(arrays["input_ids"]).expand(len(logits), -1)
+    vocab_size = logits.shape[1]
+
+    def ours(sampling: Sampling, window: Tensor) -> Tensor:
+        scores = penalised(logits, seen_mask(ids, vocab_size), window, sampling)
+        return spread_out(*filtered(scores, sampling), vocab_size)
+
+    assert equal_with_gaps(ours(WARM, ids[:, -8:]), expected)
+    mutants = (  # the window's ids are not among what stays here: the rows by hand and the dialogues see it
+        ours(Sampling(0.5, 50, 0.9, repetition_penalty=1.0), ids[:, -8:]),
+        ours(Sampling(0.5, 50, 0.95), ids[:, -8:]),
+        ours(Sampling(0.5, 3, 0.9), ids[:, -8:]),
+    )
+    assert [equal_with_gaps(mutant, expected) for mutant in mutants] == [False] * 3
+
+
+def test_penalties_by_hand() -> None:
+    logits = torch.tensor([[2.0, -2.0, 3.0, -3.0, 0.0, 5.0]])
+    seen = torch.tensor([[True, True, True, True, True, False]])
+    recent = torch.tensor([[2, 2, 3]])  # once per distinct id, on top of the other penalty
+    sampling = Sampling(repetition_penalty=2.0, window_penalty=4.0)
+    assert penalised(logits, seen, recent, sampling).tolist() == [[1.0, -4.0, 0.375, -24.0, 0.0, 5.0]]
+    rewarding = Sampling(repetition_penalty=0.5, window_penalty=1.0)
+    assert penalised(logits, seen, recent, rewarding).tolist() == [[4.0, -1.0, 6.0, -1.5, 0.0, 5.0]]
+    assert logits.tolist() == [[2.0, -2.0, 3.0, -3.0, 0.0, 5.0]]
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    logits, ids = logits_of(1, 4, 97), torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(2))
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
+    sampling = Sampling(repetition_penalty=1.3, window_penalty=1.0)
+    assert torch.allclose(penalised(logits, seen_mask(ids, 97), ids[:, -8:], sampling), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(50, 0.9), (5, 1.0), (1, 0.5), (0, 0.7), (0, 1.0), (400, 0.3), (40, 1e-6)]
+)
+def test_filters_equal_transformers(top_k: int, top_p: float) -> None:
+    logits = logits_of(3, 5, 300)
+    expected = logits / 0.7
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    found = spread_out(*filtered(logits, Sampling(0.7, top_k, top_p)), 300)
+    assert equal_with_gaps(found, expected)
+
+
+def test_what_ties_with_the_last_of_the_top_k_stays() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 2.0, 2.0, 1.0, 2.0, 0.0]])
+    found = spread_out(*filtered(logits, Sampling(1.0, 3, 1.0)), 8)
+    assert torch.equal(found, TopKLogitsWarper(3)(None, logits))
+    assert int(found.isfinite().sum()) == 6
+
+
+def tokens(sampler: Sampler, logits: Tensor, slot: int = 0) -> list[int]:
+    found = []
+    for row in logits:
+        slots = slice(slot, slot + 1)
+        sampler.prepare(slots)
+        found.append(int(sampler.next(row[None], slots)))
+    return found
+
+
+def started(sampling: Sampling, slots: int, vocab_size: int, seeds: dict[int, int]) -> Sampler:
+    sampler = Sampler(sampling, slots, vocab_size, CPU)
+    for slot, seed in seeds.items():
+        sampler.begin(slot, torch.tensor([slot + 1, 2, 3]), seed)
+    return sampler
+
+
+def test_greedy_penalises_what_it_said_itself() -> None:
+    """Two candidates of nearly equal score: once said, one falls behind the other, and what the prompt says counts."""
+    sampler = started(Sampling(repetition_penalty=1.1, window_penalty=1.05, window=1), 1, 8, {0: 0})
+    row = torch.tensor([0.0, 9.6, 0.0, 0.0, 10.0, 9.7, 0.0, 0.0])  # id 1 is in the prompt
+    assert tokens(sampler, row.expand(6, -1)) == [4, 5, 4, 5, 4, 5]
+    assert tokens(started(Sampling(window=0), 1, 8, {0: 0}), row.expand(3, -1)) == [4, 5, 4]
+
+
+def test_a_new_round_forgets_the_old_one() -> None:
+    sampler = started(GREEDY, 1, 8, {0: 0})
+    row = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 9.9, 0.0, 0.0])
+    first = tokens(sampler, row.expand(2, -1))
+    sampler.begin(0, torch.tensor([1, 2, 3]), 0)
+    assert tokens(sampler, row.expand(2, -1)) == first == [4, 5]
+
+
+@pytest.mark.parametrize("sampling", [WARM, Sampling(1.3, 0, 1.0)], ids=["top-k", "all"])
+def test_the_seed_decides_and_neighbours_do_not(sampling: Sampling) -> None:
+    logits = logits_of(7, 600, 300) * 0.3  # more steps than a block of noise holds
+    alone = tokens(started(sampling, 1, 300, {0: 11}), logits)
+    assert alone == tokens(started(sampling, 1, 300, {0: 11}), logits)
+    assert alone != tokens(started(sampling, 1, 300, {0: 12}), logits)
+
+    batch = Sampler(sampling, 3, 300, CPU)
+    for slot, seed in ((0, 5), (1, 11), (2, 6)):
+        batch.begin(slot, torch.tensor([1, 2, 3]), seed)
+    together = []
+    for step, row in enumerate(logits):
+        if step == 300:
+            batch.move(1, 0)
+        width = 3 if step < 300 else 1
+        batch.prepare(slice(0, width))
+        together.append(int(batch.next(row.expand(width, -1), slice(0, width))[1 if step < 300 else 0]))
+    assert together == alone
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """10,000 draws: each frequency within five standard deviations of its probability; what is dropped never comes."""
+    sampling = Sampling(2.0, 4, 1.0, repetition_penalty=1.0, window_penalty=1.0)
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0, -1.0, -5.0]])
+    counts = np.bincount(tokens(started(sampling, 1, 6, {0: 3}), logits.expand(10_000, 1, -1)[:, 0]), minlength=6)
+    expected = torch.softmax(torch.tensor([3.0, 1.0, 2.0, 0.0]) / 2, 0).numpy()
+    assert counts[4:].sum() == 0
+    assert (np.abs(counts[:4] / 10_000 - expected) <= 5 * np.sqrt(expected * (1 - expected) / 10_000)).all()
+
+
+@pytest.mark.parametrize("prompt", [[5], [5, 6], [1, 2, 3, 4, 5, 6, 7, 0, 5, 6]])
+def test_prompts_shorter_and_longer_than_the_window(prompt: list[int]) -> None:
+    sampler = Sampler(Sampling(repetition_penalty=1.0, window_penalty=2.0), 1, 12, CPU)
+    sampler.begin(0, torch.tensor(prompt), 0)
+    row = torch.ones(1, 12)
+    row[0, prompt[-1]] = 1.5
+    assert int(sampler.next(row, slice(0, 1))) not in prompt[-8:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0, found -1.0"),
+        ({"top_p": 0.0, "top_k": -1}, "top_k must be at least 0, found -1; top_p must be in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
