@@ -87,12 +87,12 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.two_renames:
         folder._exchange = lambda a, b: False
     prepare(arguments)
+    convert(arguments)  # the first run warms up
+    prepare(arguments)
     _, operations, seconds = convert(arguments)
-    _, again, _ = convert(arguments) if arguments.force else (0, operations, 0)
     moments = random.Random(5)
     points: list[dict[str, float]] = [{"kill_after_s": moments.uniform(0, seconds)} for _ in range(arguments.times)]
-    if arguments.steps:  # all of the end, where folders are renamed, and some of the middle
-        points += [{"kill_before": n} for n in range(1, again + 1) if n > again - 12 or n % 4 == 0]
+    points += [{"kill_before": n + 1} for n in range(operations if arguments.steps else 0)]
     states, killed = [], 0
     for number, point in enumerate(points):
         old = prepare(arguments)
