@@ -95,6 +95,7 @@ def test_tensors_outlive_their_weights(small):
 @pytest.mark.parametrize("mode", MODES)
 def test_short_reads_are_continued(monkeypatch, large, mode):
     real = loader.os.preadv
+    monkeypatch.setattr(loader, "_populated", lambda flat, block: False)
     monkeypatch.setattr(loader.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:300_007]], at))
     weights = load_tensors(read_manifest(large), ["encoder.safetensors"], CPU, mode=mode)
     weights.wait()
@@ -160,10 +161,10 @@ def test_slabs_are_pinned_where_there_is_a_device(small, monkeypatch):
 
 def test_blocks_are_read_in_the_order_of_use(large, monkeypatch):
     seen = []
-    real = loader._read
+    real = loader._populated
     monkeypatch.setattr(loader, "MAX_THREADS", 1)
     monkeypatch.setattr(
-        loader, "_read", lambda block, *rest: (seen.append((block.file, block.index)), real(block, *rest))
+        loader, "_populated", lambda flat, block: seen.append((block.file, block.index)) or real(flat, block)
     )
     load_tensors(read_manifest(large), LARGE, CPU).wait()
     assert seen == sorted(seen)
@@ -172,14 +173,14 @@ def test_blocks_are_read_in_the_order_of_use(large, monkeypatch):
 
 def test_close_stops_the_reader(large, monkeypatch):
     gate = threading.Event()
-    real, done = loader._read, []
+    done = []
 
-    def read(block, *rest):
+    def populated(flat, block):
         gate.wait(10)
         done.append(block)
-        real(block, *rest)
+        return True
 
-    monkeypatch.setattr(loader, "_read", read)
+    monkeypatch.setattr(loader, "_populated", populated)
     weights = load_tensors(read_manifest(large), LARGE, CPU)
     threading.Timer(0.05, gate.set).start()
     weights._crew._stopped = True  # as close() begins, before it waits for the blocks in flight
