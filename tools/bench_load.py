@@ -95,6 +95,23 @@ def floors(ckpt: Path, device: str) -> dict[str, float]:
     return found
 
 
+def eager_rate(ckpt: Path) -> float:
+    """Return the bytes a second of an eager load of one warm file: it and its copy fit into most memories."""
+    import torch
+
+    from covo_npu.runtime.checkpoint import read_manifest
+    from covo_npu.runtime.loader import load_tensors
+
+    manifest, cpu = read_manifest(ckpt), torch.device("cpu")
+    measure.fill_page_cache(ckpt / ENCODER)
+
+    def load_once() -> float:
+        report = load_tensors(manifest, [ENCODER], cpu, mode="eager").report
+        return report.bytes / report.seconds
+
+    return measure.best(load_once, 5)
+
+
 # --- what is shown
 
 COLUMNS = {  # heading: (figure of a Run, unit in its own scale)
@@ -129,7 +146,7 @@ def report_table(rows: Mapping[str, Mapping[str, Spread]]) -> str:
     return measure.table(["row", *COLUMNS], lines)
 
 
-def verdicts(rows: Mapping[str, Mapping[str, Spread]], floor: Mapping[str, float]) -> list[str]:
+def verdicts(rows: Mapping[str, Mapping[str, Spread]], floor: Mapping[str, float], eager: float) -> list[str]:
     """Return sentences that compare ours with the others and with the floors."""
     said = []
     ours = rows.get("ours")
@@ -143,9 +160,10 @@ def verdicts(rows: Mapping[str, Mapping[str, Spread]], floor: Mapping[str, float
         said.append(line)
     if len(tokens := {figures["token"].median for figures in rows.values()}) == 1 and tokens != {-1}:
         said.append("all rows chose the same first token")
-    mover, link = ("ours", DEVICE_LINK) if DEVICE_LINK in floor else ("ours_eager", "page cache copy")
-    if mover in rows:
-        said.append(f"{mover} moved bytes at {rows[mover]['rate'].median / floor[link]:.2f} of the floor ({link})")
+    if "ours" in rows and DEVICE_LINK in floor:
+        said.append(f"ours moved bytes at {rows['ours']['rate'].median / floor[DEVICE_LINK]:.2f} of {DEVICE_LINK}")
+    share = eager / floor["page cache copy"]
+    said.append(f"ours, eager and verified, one warm file: {eager / 1e9:.1f} GB/s, {share:.2f} of the page cache copy")
     said.append("floors: " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in floor.items()))
     return said
 
@@ -208,9 +226,9 @@ def load(
     rows = names or ("stock", "from_pretrained", "ours")
     results = measure_rows([Task(row, src, ckpt, device, not ready_only) for row in rows], runs, stock_runs, cold)
     figures = {row: summaries(found) for row, found in results.items()}
-    floor = floors(Path(ckpt), device)
+    floor, eager = floors(Path(ckpt), device), eager_rate(Path(ckpt))
     machine = measure.machine_report(device)
-    said = verdicts(figures, floor)
+    said = verdicts(figures, floor, eager)
     click.echo(report_table(figures))
     click.echo("\n".join(["", *said, measure.machine_line(machine)]))
     if json_path:
@@ -219,6 +237,7 @@ def load(
             "page_cache": "cold" if cold else "warm",
             "machine": machine,
             "floors_bytes_per_s": floor,
+            "eager_bytes_per_s": eager,
             "runs": {row: [asdict(run) for run in found] for row, found in results.items()},
             "summary": figures,
         }
