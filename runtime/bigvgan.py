@@ -42,15 +42,20 @@ class Stream:
         Keeps the last `reach` of the result (all, if it has fewer) for the next piece.
         """
         kept = self._kept.get(layer)
-        buffer = torch.cat((x.new_zeros(*x.shape[:-1], zeros) if kept is None else kept, x), dim=-1)
-        self._kept[layer] = buffer[..., max(0, buffer.shape[-1] - reach) :].clone()  # a view would keep the whole piece
+        if kept is not None:
+            buffer = torch.cat((kept, x), dim=-1)
+        else:
+            buffer = F.pad(x, (zeros, 0)) if zeros else x
+        if not self.ends:  # a view would keep the whole piece
+            self._kept[layer] = buffer[..., max(0, buffer.shape[-1] - reach) :].clone()
         return buffer
 
     def delayed(self, layer: Hashable, x: Tensor, count: int) -> Tensor:
         """Return the `count` oldest inputs that were not returned yet, and keep the rest."""
         kept = self._kept.get(layer)
         buffer = x if kept is None else torch.cat((kept, x), dim=-1)
-        self._kept[layer] = buffer[..., count:].clone()
+        if not self.ends:
+            self._kept[layer] = buffer[..., count:].clone()
         return buffer[..., :count]
 
     def rows(self, chosen: Sequence[int]) -> "Stream":
@@ -77,24 +82,33 @@ class Filters(nn.Module):
 
 
 class Snake(nn.Module):
-    """SnakeBeta at twice the rate; its samples come SNAKE_CONTEXT late. alpha and inverse_beta: [C]."""
+    """The parameters of SnakeBeta at twice the rate. alpha and inverse_beta: [C]."""
 
-    window = 2 * SNAKE_CONTEXT
-
-    def __init__(self, channels: int, kernels: Kernels) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.kernels = kernels
         self.alpha = parameter(channels)
         self.inverse_beta = parameter(channels)
 
-    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+
+class Activation:
+    """SnakeBeta of the channels of some layers side by side; its samples come SNAKE_CONTEXT late."""
+
+    window = 2 * SNAKE_CONTEXT
+
+    def __init__(self, kernels: Kernels, snakes: Sequence[Snake]) -> None:
+        self.kernels, self.snakes = kernels, snakes
+        self._parameters: tuple[Tensor, Tensor] | None = None
+
+    def step(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+        """Return [B, C, N'], as much as can be told. x: [B, C, N], C over all layers."""
         buffer = stream.extended(self, x, self.window)
         if buffer.shape[-1] < self.window and not stream.ends:
             return x[..., :0]  # the first samples wait until the edge lies outside of the window
         starts = buffer.shape[-1] - x.shape[-1] < self.window
-        return self.kernels.anti_aliased_snake(
-            buffer, self.alpha, self.inverse_beta, *filters.taps(), starts, stream.ends
-        )
+        if self._parameters is None:  # joined on first use, when the checkpoint has filled them
+            alphas, inverse_betas = zip(*((snake.alpha, snake.inverse_beta) for snake in self.snakes))
+            self._parameters = torch.cat(alphas), torch.cat(inverse_betas)
+        return self.kernels.anti_aliased_snake(buffer, *self._parameters, *filters.taps(), starts, stream.ends)
 
     @classmethod
     def samples_ready(cls, inputs: int) -> int:
@@ -140,25 +154,21 @@ class Upsample(ConvTranspose1d):
 
 
 class ResidualBlock(nn.Module):
-    """Pairs of a dilated and a plain convolution, each after an activation, with a residual sum a pair."""
+    """The layers of pairs of a dilated and a plain convolution, each after an activation. See Stage."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels) -> None:
         super().__init__()
         self.conv1 = Stack(StreamConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
         self.conv2 = Stack(StreamConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
-        self.acts = Stack(Snake(channels, kernels) for _ in range(2 * len(dilations)))
-
-    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
-        """Return [B, C, N'], as much as can be told. x: [B, C, N]."""
-        for conv1, conv2, act1, act2 in zip(self.conv1, self.conv2, self.acts[::2], self.acts[1::2], strict=True):
-            y = conv1.step(act1(x, filters, stream), stream)
-            y = conv2.step(act2(y, filters, stream), stream)
-            x = y.add_(stream.delayed((self, conv1), x, y.shape[-1]))
-        return x
+        self.acts = Stack(Snake(channels) for _ in range(2 * len(dilations)))
 
 
 class Stage(nn.Module):
-    """Raise the rate, halve the channels, then the mean of the residual blocks."""
+    """Raise the rate, halve the channels, then the mean of the residual blocks.
+
+    The blocks run side by side, their signals stacked in the channels: an activation is many small operators, and one
+    serves all blocks.
+    """
 
     def __init__(self, config: VocoderConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
@@ -170,21 +180,32 @@ class Stage(nn.Module):
             ResidualBlock(channels, kernel_size, dilations, kernels)
             for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
         )
+        acts = zip(*(block.acts for block in self.blocks), strict=True)
+        self._activations = [Activation(kernels, snakes) for snakes in acts]
 
     def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
         """Return [B, C / 2, N'], as much as can be told of N * rate. x: [B, C, N]."""
-        x = self.upsample.step(x, stream)
-        total, *others = (block(x, filters, stream) for block in self.blocks)
-        for other in others:
-            total += other
-        return total.div_(len(self.blocks))
+        x = torch.cat([self.upsample.step(x, stream)] * len(self.blocks), dim=1)  # [B, blocks * C, N]
+        conv1s, conv2s = zip(*(block.conv1 for block in self.blocks)), zip(*(block.conv2 for block in self.blocks))
+        layers = zip(self._activations[::2], conv1s, self._activations[1::2], conv2s, strict=True)
+        for pair, (act1, conv1, act2, conv2) in enumerate(layers):
+            y = _convolve(conv1, act1.step(x, filters, stream), stream)
+            y = _convolve(conv2, act2.step(y, filters, stream), stream)
+            x = y.add_(stream.delayed((self, pair), x, y.shape[-1]))  # the residual sum
+        return x.unflatten(1, (len(self.blocks), -1)).mean(1)
 
     def samples_ready(self, inputs: int) -> int:
         """Return how many samples are out after some inputs, the end not yet known."""
         samples = inputs * self.upsample.rate
-        for act in self.blocks[0].acts:
+        for act in self._activations:
             samples = act.samples_ready(samples)
         return samples
+
+
+def _convolve(convolutions: Sequence[StreamConv1d], x: Tensor, stream: Stream) -> Tensor:
+    """Return the convolution of each block's channels, side by side. x: [B, blocks * C, N]."""
+    parts = x.chunk(len(convolutions), dim=1)
+    return torch.cat([conv.step(part, stream) for conv, part in zip(convolutions, parts, strict=True)], dim=1)
 
 
 class BigVGAN(nn.Module):
@@ -196,7 +217,8 @@ class BigVGAN(nn.Module):
         self.filters = Filters()
         self.conv_pre = StreamConv1d(kernels, config.latent_dim, config.initial_channels, 7, look_ahead=3)
         self.stages = Stack(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
-        self.act_post = Snake(last_channels, kernels)
+        self.act_post = Snake(last_channels)
+        self._act_post = Activation(kernels, [self.act_post])
         self.conv_post = StreamConv1d(kernels, last_channels, 1, 7)
 
     def forward(self, latents: Tensor, on_piece: Callable[[int, int], None] | None = None) -> Tensor:
@@ -240,11 +262,11 @@ class BigVGAN(nn.Module):
         x = self.conv_pre.step(latents, stream)
         for stage in self.stages:
             x = stage(x, self.filters, stream)
-        return torch.tanh(self.conv_post.step(self.act_post(x, self.filters, stream), stream))[:, 0]
+        return torch.tanh(self.conv_post.step(self._act_post.step(x, self.filters, stream), stream))[:, 0]
 
     def samples_ready(self, frames: int) -> int:
         """Return how many samples are out after some frames of a stream that goes on."""
         samples = max(0, frames - self.conv_pre.look_ahead)
         for stage in self.stages:
             samples = stage.samples_ready(samples)
-        return self.act_post.samples_ready(samples)
+        return self._act_post.samples_ready(samples)

@@ -35,9 +35,9 @@ def integrate(velocity: Velocity, latents: Tensor, grid: Sequence[float], solver
         slope = velocity(latents, evaluation)
         evaluation += 1
         if solver == "midpoint":
-            slope = velocity(latents + slope * (step / 2), evaluation)
+            slope = velocity(torch.add(latents, slope, alpha=step / 2), evaluation)
             evaluation += 1
-        latents = latents + slope * step
+        latents = torch.add(latents, slope, alpha=step)
     return latents
 
 
@@ -47,5 +47,5 @@ def guided(velocities: Tensor, cfg_alpha: float, rescale: bool) -> Tensor:
     The usual guidance scale is 1 + cfg_alpha. `rescale` brings the result to v1's standard deviation.
     """
     without, with_codes = velocities
-    result = with_codes + (with_codes - without) * cfg_alpha
+    result = torch.lerp(without, with_codes, 1 + cfg_alpha)
     return result * (with_codes.std() / result.std()) if rescale else result
