@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -217,13 +218,15 @@ def _gather(samples: Tensor, up: int, down: int, length: int, dtype: torch.dtype
     return out
 
 
-def write_wav(path: str | os.PathLike[str], waveform: Tensor, rate: int = SAMPLE_RATE) -> None:
+def write_wav(path: str | os.PathLike[str], waveform: Tensor | NDArray[np.float32], rate: int = SAMPLE_RATE) -> None:
     """Write a waveform [N] as a 16-bit PCM WAV file; values beyond [-1, 1] are clipped.
 
     The file appears complete or not at all; its folder is made if need be. Raises AudioError if it cannot be written.
     """
     path = Path(path)
-    samples = (waveform.detach().cpu().float().clamp(-1.0, 1.0) * 32767.0).round().numpy().astype("<i2")
+    samples = (
+        (torch.as_tensor(waveform).detach().cpu().float().clamp(-1.0, 1.0) * 32767.0).round().numpy().astype("<i2")
+    )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

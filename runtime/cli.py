@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,8 @@ from covo_npu.runtime import batch_cli, console
 
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
-    from covo_npu.runtime.session import Reply, Session
 
 PROG = "covo-run"
-NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})  # a reply must not steer the terminal
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "window_penalty", "window")
 
 
@@ -108,7 +105,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare weights with their checksums.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")
 def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: Any) -> int:
     """Ask a converted Covo-Audio-Chat spoken questions.
 
@@ -118,7 +115,7 @@ def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: 
     """
     if options["verbose"]:
         logging.basicConfig(level=logging.INFO, format=f"{PROG}: %(message)s")
-    screen = Screen(quiet=options["quiet"], err=json_file == "-")
+    screen = console.Screen(PROG, quiet=options["quiet"], err=json_file == "-")
     if options["batch"] and wav:
         raise click.UsageError("--batch takes its questions from its file: leave out the WAVs")
     speaks = options["mode"] == "a2ta"
@@ -143,28 +140,15 @@ def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: 
     if options["batch"]:
         failed = _batch(model, dialogue, report, screen, options)
     else:
-        failed = _converse(model.session(**dialogue), wav, report, options["output"], screen)
+        from covo_npu.runtime.dialogue_cli import converse
+
+        failed = converse(model.session(**dialogue), wav, options["output"], screen, report)
     if model.capture and model.capture.report.graphs:
         graphs = report["graphs"] = dataclasses.asdict(model.capture.report)
         screen.line(f"{graphs['graphs']} graphs captured in {graphs['seconds']:.2f} s, {graphs['bytes'] / 1e6:.0f} MB")
     if json_file:
         _write_json(json_file, report)
     return console.FAULT if failed else console.OK
-
-
-class Screen:
-    """What a person reads: stdout, or stderr where stdout carries JSON."""
-
-    def __init__(self, quiet: bool, err: bool) -> None:
-        self.quiet, self.err = quiet, err
-        self.live = not quiet and (sys.stderr if err else sys.stdout).isatty()  # text appears as it is generated
-
-    def line(self, text: str = "") -> None:
-        self.text(f"{text}\n")
-
-    def text(self, text: str) -> None:
-        if not self.quiet:
-            click.echo(text.translate(NO_CONTROLS), nl=False, err=self.err)
 
 
 def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:
@@ -213,34 +197,15 @@ def _ready_line(report: dict[str, Any]) -> str:
     )
 
 
-def _converse(session: Session, wav: tuple[str, ...], report: dict[str, Any], output: Path, screen: Screen) -> bool:
-    """Return whether a round failed. Fills the report's rounds and errors.
-
-    A question that cannot be used ends the dialogue if it was an argument; if it was typed or piped, only its round.
-    """
-    from covo_npu.runtime.audio import AudioError
-    from covo_npu.runtime.session import ContextError
-
-    for question in wav or _typed(screen):
-        try:
-            report["rounds"].append(_round(session, question, output, screen))
-        except (AudioError, ContextError) as error:
-            click.echo(f"{PROG}: {error}", err=True)
-            report["errors"].append({"input": question, "message": str(error)})
-            if wav:
-                break
-    return bool(report["errors"]) and not (not wav and sys.stdin.isatty())
-
-
 def _batch(
-    model: CovoAudio, dialogue: dict[str, Any], report: dict[str, Any], screen: Screen, options: dict[str, Any]
+    model: CovoAudio, dialogue: dict[str, Any], report: dict[str, Any], screen: console.Screen, options: dict[str, Any]
 ) -> bool:
     """Return whether a dialogue of --batch failed. Fills the report's totals and errors."""
     from covo_npu.runtime.engine import Answer, Engine
 
     def show(answer: Answer) -> None:
         if answer.error is not None:
-            click.echo(f"{PROG}: {answer.dialogue.name}: {answer.error}", err=True)
+            screen.error(f"{answer.dialogue.name}: {answer.error}")
             report["errors"].append({"id": answer.dialogue.name, "message": str(answer.error)})
         tokens = sum(len(reply.tokens) for reply in answer.replies)
         screen.line(f"{answer.dialogue.name}: {len(answer.replies)} rounds, {tokens} tokens")
@@ -254,88 +219,6 @@ def _batch(
         f"{totals.tokens_per_s:.2f}/s, {totals.mean_batch:.1f} side by side"
     )
     return bool(totals.failed)
-
-
-def _typed(screen: Screen) -> Iterator[str]:
-    """Yield the lines of stdin, without the quotes that a terminal puts around a dropped file. Asks if it can."""
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            click.echo("audio file> ", nl=False, err=screen.err)
-        line = sys.stdin.readline()
-        if not line:
-            if interactive:
-                click.echo(err=screen.err)
-            return
-        if path := line.strip().strip("'\""):
-            yield str(Path(path).expanduser())
-
-
-def _round(session: Session, question: str, output: Path, screen: Screen) -> dict[str, Any]:
-    """Return the JSON object of one round, after showing it and writing its WAV."""
-    from covo_npu.runtime.audio import write_wav
-
-    name = f"{session.rounds + 1:02d}-{Path(question).stem}.wav"
-    screen.line(f"\n> {question}")
-    with _Speech(enabled=not screen.quiet) as speech:
-        reply = session.say(question, on_text=screen.text if screen.live else None, on_progress=speech)
-    screen.line("" if screen.live else reply.text)
-    wav = None
-    if reply.waveform.size:
-        import torch
-
-        wav = str(output / name)
-        write_wav(wav, torch.from_numpy(reply.waveform), reply.sample_rate)
-    screen.line(_round_line(reply, wav))
-    return {
-        "input": question,
-        "prompt_tokens": reply.prompt_tokens,
-        "placeholders": reply.placeholders,
-        "tokens": reply.tokens,
-        "text": reply.text,
-        "audio_codes": reply.audio_codes,
-        "stop_reason": reply.stop_reason,
-        "wav": wav,
-        "samples": int(reply.waveform.size),
-        "timing": dataclasses.asdict(reply.timing),
-    }
-
-
-def _round_line(reply: Reply, wav: str | None) -> str:
-    timing, seconds = reply.timing, reply.waveform.size / reply.sample_rate
-    parts = [
-        f"encode {timing.encode_s:.2f} s",
-        f"first token {timing.ttft_s:.2f} s",
-        f"{len(reply.tokens)} tokens at {timing.tokens_per_s:.1f}/s",
-    ]
-    if wav:
-        parts.append(f"speech {timing.token2wav_s:.2f} s (RTF {timing.rtf:.2f})")
-    if reply.stop_reason != "stop":
-        limits = {"length": "--max-new-tokens reached", "context": "the context is full"}
-        parts.append(limits[reply.stop_reason])
-    place = f"{wav} ({seconds:.2f} s of speech)\n" if wav else ""
-    return f"{place}{', '.join(parts)}"
-
-
-class _Speech:
-    """A progress bar for each stage of making speech; called with (stage, done, total)."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled, self._stage = enabled, ""
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        return self._show
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self.__exit__()
-            self._stage, self._bar = stage, console.progress(total, "step", stage, self._enabled)
-        self._bar.update(done - self._bar.n)
 
 
 def _process_age_s() -> float:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from covo_npu.kernels.errors import CovoError
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and NPU; the CPU
+NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})  # neither a reply nor a name steers the terminal
 OK, FAULT, USAGE = 0, 1, 2
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -60,6 +61,27 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
         return _ended(prog, message, FAULT)
     except SystemExit as leave:  # click ends so when the reader of stdout is gone
         return _reader_gone() if leave.code == FAULT else int(leave.code or OK)
+
+
+class Screen:
+    """What a person reads: stdout, or stderr where stdout carries JSON. Control characters are left out."""
+
+    def __init__(self, prog: str, quiet: bool = False, err: bool = False) -> None:
+        self.prog, self.quiet, self.err = prog, quiet, err
+        self.live = not quiet and (sys.stderr if err else sys.stdout).isatty()  # text is shown as it is generated
+
+    def line(self, text: str = "") -> None:
+        """Show a line."""
+        self.text(f"{text}\n")
+
+    def text(self, text: str) -> None:
+        """Show a piece of text."""
+        if not self.quiet:
+            click.echo(text.translate(NO_CONTROLS), nl=False, err=self.err)
+
+    def error(self, message: str) -> None:
+        """Show a fault on stderr, also if quiet."""
+        click.echo(f"{self.prog}: {message.translate(NO_CONTROLS)}", err=True)
 
 
 def progress(total: int, unit: str, description: str, enabled: bool = True) -> Any:
@@ -108,7 +130,7 @@ def _message(error: Exception) -> str | None:
 
 def _ended(prog: str, message: str, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"{prog}: {message}", err=True)
+        Screen(prog).error(message)
     return code
 
 
