@@ -62,14 +62,19 @@ class Decoder:
         input_ids: [S] the prompt of the round, which the penalties look at; embeddings: [T, C] of its last T tokens,
         those before them are in the cache already. Earlier rounds are not penalised.
         """
-        length, slots = start + embeddings.shape[0], slice(slot, slot + 1)
+        slots = slice(slot, slot + 1)
         logits = self.llm.prefill(embeddings, self.cache, slot, start)
-        self._lengths[slot] = length
-        self._positions[slots].fill_(length)
         self.sampler.begin(slot, input_ids, seed)
         self.sampler.prepare(slots)
-        self._ids[slots].copy_(self.sampler.next(logits, slots))
+        self.place(slot, start + embeddings.shape[0], self.sampler.next(logits, slots))
         return Readback(self._ids[slots])
+
+    def place(self, slot: int, length: int, ids: Tensor) -> None:
+        """Let the next step feed ids [1] to a slot whose first `length` rows are in the cache."""
+        slots = slice(slot, slot + 1)
+        self._lengths[slot] = length
+        self._positions[slots].fill_(length)
+        self._ids[slots].copy_(ids)
 
     def step(self, num_slots: int) -> Readback:
         """Feed the last ids of the first slots and sample the next."""

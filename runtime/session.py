@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,7 @@ class Session:
         """
         question = self.listen(source, sample_rate)
         stream = self.model.tokenizer.stream()
-        for token in generate(self._decoder, self.begin(question), self._stop_id, question.limit):
-            self.push(question, token)
+        for token in self.tokens(question):
             if on_text and token < self.model.config.audio_token_index and (piece := stream.push(token)):
                 on_text(piece)
         if on_text and (rest := stream.finish()):
@@ -155,6 +154,13 @@ class Session:
         embeddings = llm.embed(rest)
         embeddings[first : first + question.features.shape[0]] = question.features
         return self._decoder.begin(self.slot, input_ids, embeddings, start, self.seed + self.rounds)
+
+    @torch.inference_mode()
+    def tokens(self, question: Round) -> Iterator[int]:
+        """Yield the ids of the reply as they come. For a dialogue that has its decoder to itself."""
+        for token in generate(self._decoder, self.begin(question), self._stop_id, question.limit):
+            self.push(question, token)
+            yield token
 
     def push(self, question: Round, token: int) -> None:
         """Add an id to the reply of a round, and note whether it is complete with it."""

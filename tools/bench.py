@@ -10,6 +10,7 @@ from covo_npu.runtime import console
 # name: (module, what `covo-bench --help` says)
 COMMANDS = {
     "load": ("bench_load", "Time from the start of a process to ready and to the first token, against the stock path."),
+    "decode": ("bench_decode", "Prefill and decoding against transformers' generate, by context and batch."),
     "convert": ("bench_convert", "Conversion against `cp -r` of the same source on the same disk."),
 }
 
