@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
-from emulation.rules import RULES, RefusedError, Rule
+from emulation.rules import DEVICE_RULES as RULES
+from emulation.rules import RefusedError
 from emulation.signatures import SignatureError
 from torch import Tensor
 
 from covo_npu.kernels.npu import open_device
+from covo_npu.tools.npu_rules import Rule
 
 DEVICE = open_device(0)
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch_npu
 from emulation import operators, rules, signatures
-from emulation.rules import Call
 from torch import Tensor
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
 from torch.utils._pytree import tree_map
+
+from covo_npu.tools.npu_rules import Call, bind
 
 # Operators that only make or describe tensors: torch_npu's own kernels serve, and nothing is launched.
 METADATA = (
@@ -82,7 +83,7 @@ def emulated(name: str, schema: torch.FunctionSchema, arithmetic: Callable[..., 
     """Return the kernel of one operator: check, log, compute on the host's views."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        call = Call(name, rules.bind(schema, args, kwargs))
+        call = Call(name, bind(schema, args, kwargs))
         rules.check(call)
         tensors = call.tensors()
         if name == "aten::_local_scalar_dense":  # a read-back, not a kernel
