@@ -32,7 +32,7 @@ from covo_npu.tools.synth_tokenizer import write_tokenizer
 
 SHARDS = 4
 # A shard ends after a tensor of these: in the middle of a layer, so that q and k, k and v, gate and up are apart.
-CUT_AFTER = (".self_attn.q_proj.bias", ".mlp.gate_proj.weight", ".self_attn.k_proj.bias")
+CUT_AFTER = (".self_attn.q_proj.weight", ".mlp.gate_proj.weight", ".self_attn.k_proj.weight")
 PERIOD = 2**18  # larger tensors repeat this many normal values, each time rotated and with other signs
 TOKENIZER_NOTE = "its tokenizer is made up: a text has another number of tokens than with the published one"
 
