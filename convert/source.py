@@ -22,7 +22,10 @@ from covo_npu.convert import rules
 from covo_npu.convert.config import model_config, read_json, token2wav_config
 from covo_npu.convert.errors import ConvertError, refuse
 from covo_npu.convert.tokenizer import TokenizerFiles, read_tokenizer
+from covo_npu.runtime.checkpoint import MAX_NAME_BYTES
 from covo_npu.runtime.config import ModelConfig, VoiceConfig
+from covo_npu.runtime.limits import require_plausible
+from covo_npu.runtime.voice import read_npy
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -100,6 +103,7 @@ def open_source(folder: Path, voice: Path | None = None, token2wav: bool = True)
         if (extra := folder / TOKEN2WAV / CONFIG).exists():
             small[f"{TOKEN2WAV}/{CONFIG}"] = extra
     _check_ids(folder, config)
+    require_plausible(config, str(folder / CONFIG))
     return Source(folder, config, tensors, tokenizer, small, warnings)
 
 
@@ -166,13 +170,13 @@ def read_header(path: Path, label: str) -> list[SourceTensor]:
     try:
         header = json.loads(text)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        tensors = [
-            SourceTensor(
-                name, label, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]
-            )
-            for name, entry in entries
-        ]
-        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries}
+        tensors, ends = [], {}
+        for name, entry in entries:
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
+                raise ValueError(f"{name}: expected counts")
+            tensors.append(SourceTensor(name, label, DTYPES[entry["dtype"]], tuple(shape), path, 8 + length + begin))
+            ends[name] = 8 + length + end
     except KeyError as error:
         raise ConvertError(f"{label}: header: unknown dtype or missing field {error}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -191,8 +195,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError(f"{path}: expected a weight_map from tensors to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
-            raise ConvertError(f"{path}: {name}: expected a plain file name, found {file!r}")
+        plain = isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
+        if not plain or len(os.fsencode(file)) > MAX_NAME_BYTES:
+            raise ConvertError(f"{path}: {name}: expected a plain file name, found {file!r:.80}")
     return weight_map
 
 
@@ -235,12 +240,13 @@ def read_pickle(path: Path, label: str) -> dict[str, SourceTensor]:
 def read_array(path: Path, kind: type, dtype: torch.dtype) -> Tensor:
     """Return the array of a .npy file in a dtype. kind: np.integer or np.floating. Raises ConvertError."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = read_npy(path)
+    except (ValueError, OSError) as error:
         raise ConvertError(f"{path}: not a readable .npy file of numbers ({_reason(error)})") from error
-    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, kind):
-        raise ConvertError(f"{path}: expected {kind.__name__} values, found {getattr(array, 'dtype', type(array))}")
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    if not np.issubdtype(array.dtype, kind):
+        raise ConvertError(f"{path}: expected {kind.__name__} values, found {array.dtype}")
+    wide: type = np.int64 if kind is np.integer else np.float64  # whatever the size and the byte order there
+    return torch.from_numpy(array.astype(wide)).to(dtype)
 
 
 def find_voice(folder: Path, voice: Path | None) -> tuple[Path | None, list[Path]]:

@@ -1,7 +1,8 @@
 """The tokenizer of a source checkpoint as one tokenizer.json, its special tokens looked up by name and checked."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from covo_npu.convert import rules
 from covo_npu.convert.config import read_json
 from covo_npu.convert.errors import ConvertError, refuse
+from covo_npu.runtime.tokenizer import is_damage
 
 TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 SLOW_FILES = ("vocab.json", "merges.txt")
@@ -91,19 +93,30 @@ def _added(folder: Path) -> dict[str, dict[str, Any]]:
         }
     if (folder / TOKENIZER_CONFIG).is_file():
         decoder = read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {})
-        entries |= {entry["content"]: _PLAIN | entry | {"id": int(i)} for i, entry in decoder.items()}
+        with _damage_of(folder / TOKENIZER_CONFIG):
+            entries |= {entry["content"]: _PLAIN | entry | {"id": int(i)} for i, entry in decoder.items()}
     return entries
 
 
 def _with_added_tokens(folder: Path, text: bytes) -> bytes:
     """Return tokenizer.json with the added tokens that it lacks; unchanged, byte for byte, if it lacks none."""
-    data = _object(folder, text)
-    present = {entry["content"] for entry in data.get("added_tokens", [])}
-    lacking = [entry for token, entry in _added(folder).items() if token not in present]
-    if not lacking:
-        return text
-    data["added_tokens"] = sorted([*data.get("added_tokens", []), *lacking], key=lambda entry: entry["id"])
+    data, added = _object(folder, text), _added(folder)
+    with _damage_of(folder / TOKENIZER):
+        present = {entry["content"] for entry in data.get("added_tokens", [])}
+        lacking = [entry for token, entry in added.items() if token not in present]
+        if not lacking:
+            return text
+        data["added_tokens"] = sorted([*data.get("added_tokens", []), *lacking], key=lambda entry: entry["id"])
     return json.dumps(data, ensure_ascii=False, indent=2).encode()
+
+
+@contextlib.contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Turn what an odd list of added tokens does to those who read it into ConvertError."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConvertError(f"{path}: its added tokens cannot be read ({error}); download it again") from error
 
 
 def _object(folder: Path, text: bytes) -> dict[str, Any]:
@@ -119,5 +132,7 @@ def _object(folder: Path, text: bytes) -> dict[str, Any]:
 def _parse(folder: Path, text: bytes) -> Tokenizer:
     try:
         return Tokenizer.from_str(text.decode())
-    except Exception as error:
+    except BaseException as error:
+        if not is_damage(error):
+            raise
         raise ConvertError(f"{folder / TOKENIZER}: not a tokenizer that can be read ({error})") from error

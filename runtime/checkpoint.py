@@ -21,6 +21,7 @@ import xxhash
 
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.config import ModelConfig, from_dict
+from covo_npu.runtime.limits import require_plausible
 
 FORMAT = "covo-npu"
 LAYOUT_VERSION = 1
@@ -34,6 +35,7 @@ BLOCK_BYTES = 16 * 2**20  # unit of the checksums
 DATA_ALIGNMENT = 4096  # a page: where the data of a safetensors file starts
 TENSOR_ALIGNMENT = 512  # what Ascend's allocator and direct I/O want; a multiple of the 64 bytes of AVX-512
 PAD_PREFIX = "__pad."
+MAX_NAME_BYTES = 255  # of a file: what file systems allow
 MAX_HEADER_BYTES = 16 * 2**20  # ours are below 1 MB; safetensors itself allows 100 MB
 MAX_MANIFEST_BYTES = 64 * 2**20
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "U8": 1}  # safetensors' spelling
@@ -281,13 +283,15 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
     special = _take(body, "special_tokens", dict, where)
     if any(type(token) is not int or token < 0 for token in special.values()):
         raise CheckpointError(f"{where}: special_tokens: expected ids, found {special!r:.200}")
+    config = from_dict(ModelConfig, _take(body, "config", dict, where), f"{where}: config")
+    require_plausible(config, f"{where}: config")
     return Manifest(
         folder=folder,
         layout_version=LAYOUT_VERSION,
         producer=_take(body, "producer", str, where),
         dtype=_take(body, "dtype", str, where),
         ranks=ranks,
-        config=from_dict(ModelConfig, _take(body, "config", dict, where), f"{where}: config"),
+        config=config,
         special_tokens=special,
         files=records,
         left_out=_take(body, "left_out", dict, where),
@@ -298,7 +302,7 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
 def _file_record(
     folder: Path, name: str, files: Mapping[str, Any], tensors: Mapping[str, Any], where: str
 ) -> FileRecord:
-    if name in ("", ".", "..", MANIFEST) or Path(name).name != name:
+    if name in ("", ".", "..", MANIFEST) or Path(name).name != name or len(os.fsencode(name)) > MAX_NAME_BYTES:
         raise CheckpointError(f"{where}: {name!r}: expected a plain file name inside the folder")
     here = f"{where}: {name}"
     entry = _take(files, name, dict, where)

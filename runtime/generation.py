@@ -22,7 +22,12 @@ def read_generation(path: str | os.PathLike[str]) -> Generation:
 
     `"do_sample": false` is temperature 0. Raises ConfigError if a value is impossible.
     """
-    values = json.loads(Path(path).read_text("utf-8"))
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); convert the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     found = {field.name: values[field.name] for field in fields(Sampling) if field.name in values}
     if not values.get("do_sample", True):
         found["temperature"] = 0.0

@@ -12,6 +12,8 @@ from covo_npu.kernels.errors import CovoError
 
 INCOMPLETE = "\ufffd"  # what the decoder puts where bytes are no UTF-8, for instance the first bytes of a character
 
+SPECIAL_TOKENS = ("im_start", "im_end", "endoftext", "begofcAUDIO", "cAUDIO", "endofcAUDIO")  # what a dialogue needs
+
 
 class TokenizerError(CovoError):
     """A tokenizer file is missing, damaged, or lacks a token that the model needs."""
@@ -34,8 +36,14 @@ class Tokenizer:
             raise TokenizerError(f"{path}: does not exist; convert the checkpoint again")
         try:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception for every damage
+        except BaseException as error:
+            if not is_damage(error):
+                raise
             raise TokenizerError(f"{path}: is not a tokenizer: {error}") from None
+        if missing := [name for name in SPECIAL_TOKENS if name not in special_tokens]:
+            raise TokenizerError(
+                f"{path}: the manifest states no ids of {', '.join(missing)}; convert the source again"
+            )
         differing = [
             f"<|{name}|> is {backend.token_to_id(f'<|{name}|>')}, expected {expected}"
             for name, expected in special_tokens.items()
@@ -60,6 +68,11 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """Return a decoder that takes ids one by one."""
         return TextStream(self)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this: bare Exception, or a panic, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class TextStream:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from covo_npu.runtime.config import ConfigError, DiTConfig
@@ -17,6 +20,20 @@ FILES = {
     "prompt_latents": ("prompt_latent.npy", "f"),
     "speaker_embedding": ("speaker_embed.npy", "f"),
 }
+
+
+def read_npy(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """Return the array in a .npy file, mapped: a header that promises more than the file holds costs no memory.
+
+    Raises OSError, or ValueError if the file is none of plain values.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, SyntaxError, TypeError, ArithmeticError, tokenize.TokenError) as error:  # its header is Python
+        raise ValueError(f"damaged: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return array
 
 
 def read_voice(folder: str | os.PathLike[str], config: DiTConfig) -> dict[str, Tensor]:
@@ -33,8 +50,8 @@ def read_voice(folder: str | os.PathLike[str], config: DiTConfig) -> dict[str, T
     for name, (file, kinds) in FILES.items():
         path = Path(folder) / file
         try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            array = read_npy(path)
+        except (OSError, ValueError) as error:
             problems.append(f"{file}: {getattr(error, 'strerror', None) or 'not a NumPy array'}")
             continue
         shape = wanted[name]
