@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from covo_npu.runtime.audio import AudioError, write_wav
 from covo_npu.runtime.console import Screen
 from covo_npu.runtime.session import ContextError, Reply, Session
 
+PROMPT = "audio file> "
 LIMITS = {"length": "--max-new-tokens reached", "context": "the context is full"}
 
 
@@ -34,18 +36,27 @@ def converse(session: Session, wav: tuple[str, ...], output: Path, screen: Scree
 
 
 def _typed(screen: Screen) -> Iterator[str]:
-    """Yield the lines of stdin, without the quotes that a terminal puts around a dropped file. Asks if it can."""
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            screen.text("audio file> ")
-        line = sys.stdin.readline()
-        if not line:
-            if interactive:
-                screen.line()
-            return
+    """Yield the paths typed or piped, without the quotes that a terminal puts around a dropped file."""
+    for line in _ask(screen) if sys.stdin.isatty() else sys.stdin:
         if path := line.strip().strip("'\""):
             yield str(Path(path).expanduser())
+
+
+def _ask(screen: Screen) -> Iterator[str]:
+    """Yield lines from the terminal until Ctrl-D, with editing, and completion of paths where Python has it."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.parse_and_bind("tab: complete")
+        readline.set_completer_delims("")  # a path may hold spaces
+    while True:
+        screen.text("" if screen.live else PROMPT)
+        try:
+            line = input(PROMPT if screen.live else "")
+        except EOFError:
+            screen.line()
+            return
+        yield line
 
 
 def _round(session: Session, question: str, output: Path, screen: Screen) -> dict[str, Any]:
