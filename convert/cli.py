@@ -1,6 +1,7 @@
 """covo-convert: the published checkpoint to the folder that covo-run loads."""
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
 from covo_npu.runtime import console
 from covo_npu.runtime.checkpoint import FORMAT, MANIFEST
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -30,7 +33,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing converted checkpoint, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+@click.option("--verbose", "-v", is_flag=True, help="Log the stages with times; show tracebacks.")
 @click.version_option(package_name="covo-npu")
 def command(
     src: Path,
@@ -65,7 +68,9 @@ def command(
     from covo_npu.runtime.checkpoint import read_manifest
 
     source = open_source(src, voice, token2wav)
+    log.info("source: %d tensors in %s", len(source.tensors), src.name)
     plan = make_plan(source, getattr(torch, dtype))
+    log.info("plan: %d tensors, %.2f GB", len(plan.steps), plan.bytes / 1e9)
     for warning in source.warnings:
         click.echo(f"covo-convert: warning: {warning}", err=True)
     report: dict[str, Any] = {"src": str(src), "dst": str(dst), **plan_report(plan, source)}
@@ -81,6 +86,7 @@ def command(
         write_checkpoint(plan, source, folder, bar.update)
         written = sum(file.bytes for file in read_manifest(folder).files.values())  # read back before it appears
         written += (folder / MANIFEST).stat().st_size
+        log.info("written and on the disk: %.2f GB", written / 1e9)
     report |= {"bytes_written": written, "seconds": round(time.perf_counter() - start, 3)}
     click.echo(json.dumps(report, indent=1) if as_json else summary_text(report))
 

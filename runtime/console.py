@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from covo_npu.kernels.errors import CovoError
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and NPU; the CPU
 NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})  # neither a reply nor a name steers the terminal
+VERBOSE = {"--verbose", "-v"}
 OK, FAULT, USAGE = 0, 1, 2
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -30,10 +32,14 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
     """Return the exit code of a command line: 0 ok, 1 fault, 2 usage, 130 SIGINT, 143 SIGTERM.
 
     A CovoError, a ClickException, an OSError (no such file, no permission, no space) or a lack of memory becomes one
-    message on stderr; with --verbose among the arguments its traceback stands before it. Any other exception is a
-    fault of ours and keeps its traceback. A reader that closes our stdout ends the program quietly.
+    message on stderr; with --verbose among the arguments its traceback stands before it, and the stages are logged
+    with their times. Any other exception is a fault of ours and keeps its traceback. A reader that closes our stdout
+    ends the program quietly.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    verbose = bool(VERBOSE & set(arguments))
+    if verbose:
+        _log_to_stderr(prog)
     try:
         with _termination_raises():
             result = command.main(args=list(arguments), prog_name=prog, standalone_mode=False)
@@ -56,7 +62,7 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
         message = _message(error)
         if message is None:
             raise
-        if {"--verbose", "-v"} & set(arguments):
+        if verbose:
             traceback.print_exc()
         return _ended(prog, message, FAULT)
     except SystemExit as leave:  # click ends so when the reader of stdout is gone
@@ -115,6 +121,21 @@ def _termination_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _log_to_stderr(prog: str) -> None:
+    """Log this project's stages, not other libraries', with the seconds since Python's start; never what was said."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{prog}: {{relative:9.3f}} s  {{name}}: {{message}}", style="{"))
+    handler.addFilter(_with_seconds)
+    logger = logging.getLogger("covo_npu")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def _with_seconds(record: logging.LogRecord) -> bool:
+    record.relative = record.relativeCreated / 1000
+    return True
 
 
 def _message(error: Exception) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from covo_npu.runtime.sampling import Sampling
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
     from covo_npu.runtime.token2wav import Progress
+
+log = logging.getLogger(__name__)
 
 # mode: (special token that ends a reply, whether speech is made)
 MODES = {"a2ta": ("im_end", True), "a2t": ("endoftext", False)}
@@ -138,7 +141,10 @@ class Session:
         started = time.perf_counter()
         features, input_ids, first = self._prompt(self._waveform(source, sample_rate))
         limit = min(self.max_new_tokens, self.model.max_context - self.length - len(input_ids) + 1)
-        return Round(input_ids, first, features, limit, started, time.perf_counter())
+        encoded = time.perf_counter()
+        heard = f"{features.shape[0]} placeholders, {len(input_ids)} prompt tokens after {self.length} of the dialogue"
+        log.info("round %d: heard in %.3f s: %s", self.rounds + 1, encoded - started, heard)
+        return Round(input_ids, first, features, limit, started, encoded)
 
     @torch.inference_mode()
     def begin(self, question: Round) -> Readback:
@@ -167,6 +173,7 @@ class Session:
         if not question.tokens:
             self.model.weights.wait()  # every weight has been read by now: nothing is shown before all are verified
             question.answered = time.perf_counter()
+            log.info("round %d: first token after %.3f s", self.rounds + 1, question.answered - question.started)
         question.tokens.append(token)
         question.decoded = time.perf_counter()
         question.complete = token == self._stop_id or len(question.tokens) == question.limit
@@ -185,6 +192,10 @@ class Session:
         decode_s = question.decoded - question.answered
         self.length += len(input_ids) + len(tokens) - 1
         self.rounds += 1
+        log.info("round %d: %d tokens decoded in %.3f s", self.rounds, len(tokens), decode_s)
+        if self._speech:
+            seconds = speech.size / audio.SAMPLE_RATE
+            log.info("round %d: %.2f s of speech of %d codes in %.3f s", self.rounds, seconds, len(codes), token2wav_s)
         return Reply(
             text=self.model.tokenizer.decode(text_ids),
             tokens=tokens,
