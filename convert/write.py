@@ -51,7 +51,7 @@ def write_checkpoint(plan: Plan, source: Source, folder: Path, advance: Advance 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ConvertError(
-            f"{folder}: {error.strerror}; what was written is removed; make room and try again"
+            f"{folder.parent}: {error.strerror}; what was written is removed; make room and try again"
         ) from error
     (folder / checkpoint.MANIFEST).chmod(0o644)
     folder.chmod(0o755)
@@ -92,13 +92,13 @@ def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[s
         record[name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     groups: dict[str, list[SourceTensor]] = defaultdict(list)
     for tensor in digests:
-        groups[tensor.file].append(tensor)
+        if tensor.path.is_file():  # not the zeros that stand for an absent voice
+            groups[tensor.file].append(tensor)
     for name, tensors in groups.items():
         digest = xxhash.xxh3_128()
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):
             digest.update(f"{tensor.name} {digests[tensor]}\n".encode())
-        path = tensors[0].path
-        record[name] = {"bytes": path.stat().st_size if path.is_file() else 0, "xxh3_128": digest.hexdigest()}
+        record[name] = {"bytes": tensors[0].path.stat().st_size, "xxh3_128": digest.hexdigest()}
     return dict(sorted(record.items()))
 
 

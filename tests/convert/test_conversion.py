@@ -232,8 +232,10 @@ def test_without_the_voice_speech_starts_from_zeros_and_says_so(source: Path, co
     tensors = load_file(tmp_path / "target" / TOKEN2WAV)
     assert tensors["voice.prompt_codes"].shape == (0,) and tensors["voice.prompt_latents"].shape == (0, 8)
     assert not tensors["voice.speaker_embedding"].any() and tensors["voice.speaker_embedding"].shape == (16,)
-    voice = read_manifest(tmp_path / "target").config.token2wav.voice
+    manifest = read_manifest(tmp_path / "target")
+    voice = manifest.config.token2wav.voice
     assert (voice.num_codes, voice.num_frames) == (0, 0)
+    assert not [name for name in manifest.source if name.startswith("voice/")]
 
 
 @pytest.mark.parametrize("place", ["--voice", "inside", "beside"])
