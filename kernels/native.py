@@ -154,10 +154,12 @@ def _weighted_slices(x: Tensor, taps: Sequence[float], out: Tensor | None = None
     In the caches this is several times faster than a convolution of one channel, whatever the layout of that.
     """
     length = x.shape[-1] - len(taps) + 1
+    slices = [(x[..., j : j + length], tap) for j, tap in enumerate(taps)]
     if out is None:
-        out = x.new_zeros(*x.shape[:-1], length)
-    for j, tap in enumerate(taps):
-        out.add_(x[..., j : j + length], alpha=tap)
+        first, tap = slices.pop(0)
+        out = first * tap
+    for part, tap in slices:
+        out.add_(part, alpha=tap)
     return out
 
 

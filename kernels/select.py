@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import re
 from collections import Counter
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,6 +16,8 @@ from covo_npu.kernels.interface import Kernels
 # name: devices it serves
 BACKENDS = {"npu": ("npu",), "native": ("cpu", "cuda"), "reference": ("cpu", "cuda", "npu")}
 DEVICE_NAME = re.compile(r"(cpu)|(?:(cuda|npu)(?::(\d+))?)")
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 log = logging.getLogger(__name__)
 
 FUNCTIONS = tuple(name for name in vars(Kernels) if not name.startswith("_") and callable(vars(Kernels)[name]))
@@ -67,6 +70,22 @@ def select(name: str | None, device: torch.device) -> Kernels:
     if device.type not in BACKENDS[name]:
         raise BackendError(f"backend {name} serves {', '.join(BACKENDS[name])}, not {device}")
     return cast(Kernels, importlib.import_module(f"covo_npu.kernels.{name}"))
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 if the device multiplies it faster than float32, else float32.
+
+    A CPU does if it has instructions for it; where the system does not list them (/proc/cpuinfo), float32 is assumed.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.bfloat16
+    try:
+        words = set(CPU_INFO.read_text("utf-8").split())
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if words & BF16_INSTRUCTIONS else torch.float32
 
 
 def describe(kernels: Kernels) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import sys
 import time
@@ -96,6 +95,25 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     help="Replay decode steps as captured graphs. auto: on for CUDA, off for NPU, where nobody has confirmed it yet.",
 )
 @click.option(
+    "--token2wav-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the matrix products of flow matching. auto: bfloat16 where the device is faster in it.",
+)
+@click.option(
+    "--flow-steps",
+    type=click.IntRange(min=1),
+    help="Steps of the ODE of speech; midpoint runs the network twice a step. Default: the checkpoint's, 9.",
+)
+@click.option(
+    "--flow-solver",
+    type=click.Choice(["midpoint", "euler"]),
+    default="midpoint",
+    show_default=True,
+    help="euler runs the network once a step: half the time, a little another sound.",
+)
+@click.option(
     "--load",
     type=click.Choice(["mmap", "eager"]),
     default="mmap",
@@ -105,7 +123,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare weights with their checksums.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens; show tracebacks.")
+@click.option("-v", "--verbose", is_flag=True, help="Log the stages with times; show tracebacks.")
 def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: Any) -> int:
     """Ask a converted Covo-Audio-Chat spoken questions.
 
@@ -113,8 +131,6 @@ def command(ckpt: Path, wav: tuple[str, ...], json_file: str | None, **options: 
     context. Without a WAV, paths are read from the terminal or from a pipe, one a line; Ctrl-D ends. With nothing to
     read the model is loaded, and how that went is printed.
     """
-    if options["verbose"]:
-        logging.basicConfig(level=logging.INFO, format=f"{PROG}: %(message)s")
     screen = console.Screen(PROG, quiet=options["quiet"], err=json_file == "-")
     if options["batch"] and wav:
         raise click.UsageError("--batch takes its questions from its file: leave out the WAVs")
@@ -168,6 +184,9 @@ def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:
         check=options["check"],
         speech=speaks,
         graph=options["graph"],
+        token2wav_dtype=options["token2wav_dtype"],
+        flow_steps=options["flow_steps"],
+        flow_solver=options["flow_solver"],
         **limits,
     )
     if options["voice"]:

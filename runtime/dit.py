@@ -24,8 +24,8 @@ MODULATION_PARTS = 6  # shift, scale, gate of the attention, then of the feed-fo
 class Conditions:
     """What stays the same over all evaluations of one reply.
 
-    inputs: [2, L, C], the input projection of codes and prompt, row 0 without the codes (guidance), row 1 with them;
-    cos, sin: [1, L, 1, D]; modulations, outputs: one entry a time, see DiT.modulations.
+    inputs: [2, L, C] float32, the input projection of codes and prompt, row 0 without the codes (guidance), row 1 with
+    them; cos, sin: [1, L, 1, D] in the dtype of the matrix products.
     """
 
     inputs: Tensor
@@ -56,17 +56,18 @@ class DiTBlock(nn.Module):
         self.fc2 = Linear(kernels, config.intermediate_size, size)
 
     def forward(self, x: Tensor, conditions: Conditions, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Return the next hidden states, [B, L, C] like x."""
+        """Return the next hidden states, [B, L, C] float32 like x. The products run in the dtype of their weights."""
         batch, length, size = x.shape
+        dtype = self.qkv_proj.weight.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        qkv = self.qkv_proj(self.kernels.layer_norm(x, scale_a, shift_a, NORM_EPS))
+        qkv = self.qkv_proj(self.kernels.layer_norm(x, scale_a, shift_a, NORM_EPS).to(dtype))
         qkv = qkv.view(batch, length, 3 * self.num_heads, self.head_dim)
         rotated = self.kernels.rotary(qkv[:, :, : 2 * self.num_heads], conditions.cos, conditions.sin)
         q, k, v = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :], qkv[:, :, 2 * self.num_heads :]
         attended = self.kernels.attention(q, k, v, self.head_dim**-0.5).reshape(batch, length, size)
-        x = torch.addcmul(x, self.o_proj(attended), gate_a)
-        hidden = self.kernels.gelu_tanh(self.fc1(self.kernels.layer_norm(x, scale_m, shift_m, NORM_EPS)))
-        return torch.addcmul(x, self.fc2(hidden), gate_m)
+        x = torch.addcmul(x, self.o_proj(attended).to(x.dtype), gate_a)
+        hidden = self.fc1(self.kernels.layer_norm(x, scale_m, shift_m, NORM_EPS).to(dtype))
+        return torch.addcmul(x, self.fc2(self.kernels.gelu_tanh(hidden)).to(x.dtype), gate_m)
 
 
 class DiT(nn.Module):
@@ -76,6 +77,7 @@ class DiT(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config, self.kernels = config, kernels
+        self.product_dtype = torch.float32
         self.token_embedding = Weight(config.num_codes, config.code_dim)
         self.token_proj = Linear(kernels, config.code_dim, size)
         factor = config.upsample_factor
@@ -94,6 +96,13 @@ class DiT(nn.Module):
         self.output_modulation = Linear(kernels, size, 2 * size)
         self.output_proj = Linear(kernels, size, config.latent_dim)
 
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Cast the weights of the blocks' matrix products, most of an evaluation's work; all else stays float32."""
+        self.product_dtype = dtype
+        for block in self.blocks:
+            for layer in (block.qkv_proj, block.o_proj, block.fc1, block.fc2):
+                layer.to(dtype)
+
     def conditions(self, codes: Tensor, prompt_latents: Tensor) -> Conditions:
         """Return the conditions of one reply.
 
@@ -107,17 +116,17 @@ class DiT(nn.Module):
         without = self.kernels.linear(prompt, of_prompt, self.input_proj.bias)
         inputs = torch.stack((without, without + self.kernels.linear(tokens, of_tokens)))
         head_dim = config.hidden_size // config.num_heads
-        cos, sin = rotary_table(length, head_dim, config.rope_theta, inputs.dtype, inputs.device)
+        cos, sin = rotary_table(length, head_dim, config.rope_theta, self.product_dtype, inputs.device)
         return Conditions(inputs, cos[None, :, None], sin[None, :, None])
 
     def modulation(self, time: float, speaker: Tensor) -> Modulation:
-        """Return the adaptive parts at one time. speaker: [C_speaker]. In the dtype of the weights, then float32."""
+        """Return the adaptive parts at one time. speaker: [C_speaker]."""
         embedded = time_embedding(time, self.config.time_dim).to(speaker.device, speaker.dtype)
         embedded = self.time_mlp["2"](F.silu(self.time_mlp["0"](embedded)))
         c = F.silu(self.cond_proj(torch.cat((embedded, speaker)))[None])
 
         def parts(layer: Linear, count: int) -> list[Tensor]:
-            return list(layer(c)[0].float().chunk(count))
+            return list(layer(c)[0].chunk(count))
 
         blocks = []
         for block in self.blocks:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.errors import BackendError, CovoError
 from covo_npu.kernels.interface import Kernels
-from covo_npu.kernels.select import describe, open_device, select
+from covo_npu.kernels.select import describe, fast_dtype, open_device, select
 from covo_npu.runtime import audio
 from covo_npu.runtime.adapter import Adapter
 from covo_npu.runtime.cache import allocate
@@ -31,6 +31,7 @@ from covo_npu.runtime.checkpoint import (
 )
 from covo_npu.runtime.config import ModelConfig
 from covo_npu.runtime.decode import Decoder, SharedPrefixes
+from covo_npu.runtime.flow import Flow
 from covo_npu.runtime.generation import read_generation
 from covo_npu.runtime.graph import DeviceCapture, device_capture
 from covo_npu.runtime.layers import parameter
@@ -95,6 +96,7 @@ class LoadReport:
     device: str
     backend: str
     dtype: str
+    token2wav_dtype: str  # of the matrix products of flow matching
     bytes: int  # of the weight files in use
     load_s: float
 
@@ -137,31 +139,40 @@ class CovoAudio:
         speech: bool = True,
         max_context: int = MAX_CONTEXT,
         graph: str = "auto",
+        token2wav_dtype: str = "auto",
+        flow_steps: int | None = None,
+        flow_solver: str = "midpoint",
     ) -> CovoAudio:
         """Return the model of the converted checkpoint in folder `path`, ready to answer.
 
         device: cpu, cuda:N, npu:N or auto; dtype: of LLM and encoder, by default the checkpoint's (another one costs a
         converted copy in memory); mode, check, pinned: see loader.load_tensors; speech: load token2wav too;
-        max_context: tokens that a dialogue may hold; graph: auto, on or off, whether decode steps are captured.
-        Raises CheckpointError, ConfigError or BackendError.
+        max_context: tokens that a dialogue may hold; graph: auto, on or off, whether decode steps are captured;
+        token2wav_dtype: of the matrix products of flow matching, auto is bfloat16 where the device is faster in it;
+        flow_steps, flow_solver: how the ODE of speech is solved, midpoint or euler; by default the checkpoint's 9
+        steps, which with the midpoint rule are 18 evaluations of the network.
+        Raises CheckpointError, ConfigError or BackendError; ValueError if the ODE cannot be solved so.
         """
         start = time.perf_counter()
         torch_device = open_device(device)
         kernels = select(backend, torch_device)
         capture = device_capture(graph, torch_device)
         manifest = read_manifest(path)
-        if dtype is not None and dtype not in DTYPES:
-            raise BackendError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-        torch_dtype = DTYPES[dtype or manifest.dtype]
+        torch_dtype = _dtype(dtype or manifest.dtype)
+        speech_dtype = fast_dtype(torch_device) if token2wav_dtype == "auto" else _dtype(token2wav_dtype)
         files = [ENCODER, *manifest.ranks, *([TOKEN2WAV] if speech and TOKEN2WAV in manifest.files else [])]
         config = manifest.config if TOKEN2WAV in files else replace(manifest.config, token2wav=None)
         networks = meta_networks(config, kernels)
+        if networks.token2wav is not None:
+            steps = flow_steps if flow_steps is not None else networks.token2wav.flow.steps
+            networks.token2wav.configure(speech_dtype, Flow(steps, flow_solver))
         weights = load_tensors(manifest, files, torch_device, mode=mode, check=check, pinned=pinned)
         fill(networks, weights.tensors, torch_dtype)
         report = LoadReport(
             device=str(torch_device),
             backend=describe(kernels),
-            dtype=str(torch_dtype).removeprefix("torch."),
+            dtype=_name(torch_dtype),
+            token2wav_dtype=_name(speech_dtype),
             bytes=sum(manifest.files[name].bytes for name in files),
             load_s=time.perf_counter() - start,
         )
@@ -236,6 +247,16 @@ class CovoAudio:
         """Return a decoder with an empty KV cache for dialogues of at most max_context tokens."""
         cache = allocate(self.config.llm, num_slots, self.max_context, self.dtype, self.device)
         return Decoder(self.networks.llm, cache, sampling, self.capture)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise BackendError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fill(networks: Networks, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.bigvgan import BigVGAN
 from covo_npu.runtime.config import Token2WavConfig, VoiceConfig
 from covo_npu.runtime.dit import DiT, Modulation
-from covo_npu.runtime.flow import evaluation_times, guided, integrate, time_grid
+from covo_npu.runtime.flow import Flow, guided, integrate
 from covo_npu.runtime.layers import parameter
 
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
@@ -46,7 +46,19 @@ class Token2Wav(nn.Module):
         self.statistics = Statistics(config)
         self.dit = DiT(config.dit, kernels)
         self.vocoder = BigVGAN(config.vocoder, kernels)
+        self.flow = Flow(config.flow.time_points - 1)
+        self.dtype = torch.float32
         self._modulations: list[Modulation] = []
+
+    def configure(self, dtype: torch.dtype, flow: Flow | None = None) -> None:
+        """Set the dtype of the transformer's matrix products and, if given, how the ODE is solved.
+
+        The weights are cast when they are first needed; from a narrower dtype there is no way back.
+        """
+        self.dtype = dtype
+        if flow is not None:
+            self.flow = flow
+            self._modulations.clear()
 
     def num_frames(self, num_codes: int) -> int:
         """Return L, the latent frames of prompt and reply together, for a reply of num_codes codes."""
@@ -77,16 +89,16 @@ class Token2Wav(nn.Module):
 
     def normalised_latents(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
         """Return the solution of the ODE from the noise, prompt included: [L, Z] float32."""
-        grid = time_grid(self.config.flow.time_points)
-        times = evaluation_times(grid, "midpoint")
+        flow = self.flow
         if not self._modulations:  # they depend on time and voice only
-            self._modulations = [self.dit.modulation(time, self.voice.speaker_embedding) for time in times]
+            self._modulations = [self.dit.modulation(time, self.voice.speaker_embedding) for time in flow.times()]
+        self.dit.multiply_in(self.dtype)
         conditions = self.dit.conditions(torch.cat((self.voice.prompt_codes, codes)), self.voice.prompt_latents)
 
         def velocity(latents: Tensor, evaluation: int) -> Tensor:
             velocities = self.dit(latents, conditions, self._modulations[evaluation])
             if on_progress:
-                on_progress("flow matching", evaluation + 1, len(times))
+                on_progress("flow matching", evaluation + 1, flow.evaluations)
             return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
 
-        return integrate(velocity, noise, grid, "midpoint")
+        return integrate(velocity, noise, flow)

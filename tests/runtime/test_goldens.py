@@ -29,7 +29,7 @@ DIALOGUES = (
 
 @pytest.fixture(scope="module")
 def model(convert_tiny: Callable[[str], Path], device: str) -> CovoAudio:
-    return CovoAudio.load(convert_tiny("float32"), device=device, dtype="float32")
+    return CovoAudio.load(convert_tiny("float32"), device=device, dtype="float32", token2wav_dtype="float32")
 
 
 def relative_l2(found: torch.Tensor, expected: np.ndarray) -> float:
