@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -233,13 +232,11 @@ def _read_body(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: has no {MANIFEST}: not a converted checkpoint, or the conversion did not finish"
         )
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
-                f"{path}: expected a file of at most {MAX_MANIFEST_BYTES} bytes, found {status.st_size}"
-            )
-        text = file.read(MAX_MANIFEST_BYTES)
+    if not path.is_file():  # before the open: opening a pipe would wait for ever
+        raise CheckpointError(f"{path}: not a regular file")
+    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: expected a file of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
+    text = path.read_bytes()
     end = len(_HASH_PREFIX) + _HASH_CHARACTERS
     if not text.startswith(_HASH_PREFIX):
         raise CheckpointError(

@@ -22,6 +22,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ PIECE_BYTES = 2**20  # one preadv: small enough that the checksum finds it in th
 MADV_POPULATE_READ = 22  # not in Python's mmap
 MAX_THREADS = 16
 MAX_SLABS = 32  # pinned: 512 MiB at most
+SLABS_IN_FLIGHT = 8  # beyond one a thread: their copies are under way
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -174,7 +176,7 @@ def _record(manifest: Manifest, name: str) -> FileRecord:
 def _open(stack: ExitStack, record: FileRecord) -> int:
     """Return a descriptor that the stack closes, of a file that still has the size of the manifest."""
     try:
-        descriptor = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not hold us
     except OSError as error:
         raise _unreadable(record.path, error) from error
     stack.callback(os.close, descriptor)
@@ -306,9 +308,8 @@ _Loaded = tuple[list[Tensor], _Crew | None]
 def _load_mapped(opened: Sequence[_Opened], device: torch.device, threads: int, check: bool, pinned: bool) -> _Loaded:
     """Views of the files themselves. Behind them the crew pulls the files into the page cache and verifies them."""
     try:
-        # Private and writable, so that torch takes it as it is; nobody writes, so no page is ever copied.
-        access = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-        memories = [mmap.mmap(o.descriptor, o.record.bytes, **access) for o in opened]
+        # Readable only: a writable map counts as data and may be refused where memory is limited or not overcommitted.
+        memories = [mmap.mmap(o.descriptor, o.record.bytes, mmap.MAP_PRIVATE, mmap.PROT_READ) for o in opened]
     except (OSError, ValueError) as error:  # ValueError: the file is shorter now
         raise CheckpointError(f"{opened[0].record.path.parent}: cannot be mapped: {error}") from error
 
@@ -362,7 +363,7 @@ def _load_staged(opened: Sequence[_Opened], device: torch.device, threads: int, 
     pinned = pinned and torch.accelerator.is_available()
     blocks = _blocks(opened)
     ring: queue.SimpleQueue[_Slab] = queue.SimpleQueue()
-    for _ in range(min(MAX_SLABS, 2 * threads + 2, len(blocks))):
+    for _ in range(min(MAX_SLABS, threads + SLABS_IN_FLIGHT, len(blocks))):
         ring.put(_Slab(module))
 
     def copy(block: _Block, slab: _Slab) -> None:
@@ -423,7 +424,10 @@ def _allocate(opened: Sequence[_Opened], device: torch.device, module: ModuleTyp
 
 
 def _flat(memory: mmap.mmap) -> Tensor:
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    """Return the memory as a tensor, which keeps it mapped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes into weights
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _available_memory() -> float:

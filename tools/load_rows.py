@@ -150,7 +150,8 @@ def _transformers(task: Task, load: Callable[[Any, Any, Path, str, Moments], Any
     moments.imports = time.monotonic()
     model = load(covo, config, src, task.device, moments).eval()
     speech = src / "token2wav" / "model.pt"
-    token2wav = torch.load(speech, map_location=task.device, weights_only=True) if speech.exists() else {}
+    lazily = task.row != "stock" and task.device == "cpu"
+    token2wav = torch.load(speech, map_location=task.device, weights_only=True, mmap=lazily) if speech.exists() else {}
     shards = {*json.loads((src / "model.safetensors.index.json").read_text("utf-8"))["weight_map"].values()}
     moments.bytes = sum((src / name).stat().st_size for name in shards) + (speech.stat().st_size if token2wav else 0)
     moments.weights = time.monotonic()

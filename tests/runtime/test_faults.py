@@ -176,6 +176,20 @@ def test_changed_files_are_refused(folder, name, change, message):
         load(folder)
 
 
+def test_manifest_that_is_a_pipe_is_refused(folder):
+    _pipe(folder / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest\.json: not a regular file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_file_that_becomes_a_pipe_is_refused(folder, mode):
+    manifest = read_manifest(folder)
+    _pipe(folder / LLM)
+    with pytest.raises(CheckpointError, match=f"{LLM}: changed since it was opened"):
+        load_tensors(manifest, FILES, CPU, mode=mode)
+
+
 def test_swapped_files_are_refused(folder):
     (folder / LLM).rename(folder / "x")
     (folder / "encoder.safetensors").rename(folder / LLM)

@@ -1,5 +1,7 @@
 """The loader: what it hands out is what the stock reader reads, in every mode, and where it lies in memory."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -71,6 +73,23 @@ def test_mapped_tensors_are_the_file_itself(large):
     inside = [line for line in lines if int(line[0].split("-")[0], 16) <= address < int(line[0].split("-")[1], 16)]
     assert inside[0][-1] == str(large / LLM)
     assert _anonymous() - before < 40e6  # scratch of the readers and one float copy of a tensor, not the 56 MB of files
+
+
+def test_a_mapped_load_needs_no_data_memory(large):
+    """Where the data segment is limited to less than the files, as containers and administrators do."""
+    code = (
+        "import resource, sys, threading, torch, warnings; warnings.simplefilter('error')\n"
+        "from covo_npu.runtime.checkpoint import read_manifest\n"
+        "from covo_npu.runtime.loader import load_tensors\n"
+        "used = int([line for line in open('/proc/self/status') if line.startswith('VmData')][0].split()[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (used + 40_000_000,) * 2)\n"
+        "threading.stack_size(1 << 20)\n"
+        "weights = load_tensors(read_manifest(sys.argv[1]), sys.argv[2:], torch.device('cpu')); weights.wait()\n"
+        "print(len(weights.tensors))"
+    )
+    command = [sys.executable, "-c", code, str(large), *LARGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert (done.returncode, done.stdout) == (0, "13\n"), done.stderr
 
 
 def _anonymous() -> int:
