@@ -240,7 +240,7 @@ class CovoAudio:
         if noise.shape != shape:
             raise CovoError(f"noise must have shape {list(shape)} for {len(codes)} codes, found {list(noise.shape)}")
         waveform = token2wav(torch.tensor(codes, device=self.device), noise[0].to(self.device), on_progress)
-        self.weights.raise_if_damaged()
+        self.weights.wait()  # nothing is heard before all weights are verified
         return waveform.cpu().numpy()
 
     def decoder(self, sampling: Sampling, num_slots: int = 1) -> Decoder:
