@@ -187,7 +187,8 @@ def run(
     if other:
         _require_same("audio", sound, other.audio, "name the same WAV")
         _require_same("checkpoint", digest, other.checkpoint, "name the same checkpoint")
-    model = CovoAudio.load(subject.ckpt, device=subject.device, dtype=dtype, backend=backend, speech=speech)
+    precision = {"dtype": dtype, "token2wav_dtype": dtype or "auto"}
+    model = CovoAudio.load(subject.ckpt, device=subject.device, backend=backend, speech=speech, **precision)
     stages, report = compute(model, waveform, expected), model.report
     origin = Origin(report.device, report.backend, report.dtype, torch.__version__, version("covo-npu"), digest, sound)
     findings = [
