@@ -102,11 +102,13 @@ class Stock:
 
 def _llm(model: CovoAudio) -> Any:
     sizes, device = model.config.llm, model.device
-    config = transformers.Qwen2Config(
+    config_class: Any = transformers.Qwen2Config
+    config = config_class(
         vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads, rms_norm_eps=sizes.rms_norm_eps, rope_theta=sizes.rope_theta,
+        num_key_value_heads=sizes.num_kv_heads, rms_norm_eps=sizes.rms_norm_eps,
         max_position_embeddings=sizes.max_position_embeddings, tie_word_embeddings=False, dtype=model.dtype,
+        rope_theta=sizes.rope_theta,
     )  # fmt: skip
     source, tensors = model.networks.llm.state_dict(), {"lm_head.weight": model.networks.llm.lm_head.weight}
     for name in ("embed_tokens.weight", "norm.weight"):
