@@ -23,8 +23,8 @@ BUDGETS: dict[str, Callable[[ModelConfig, int | None], int | None]] = {
     "prefill": lambda config, stock: 14 * config.llm.num_layers + 30,
     "decode": lambda config, stock: 12 * config.llm.num_layers + 20,
     # 16 a block with the 12 blocks of the real model
-    "flow matching": lambda config, stock: config.token2wav and 15 * config.token2wav.dit.num_layers + 12,
-    "vocoder": lambda config, stock: stock and stock // 2,
+    "flow matching": lambda config, stock: 15 * config.token2wav.dit.num_layers + 12 if config.token2wav else None,
+    "vocoder": lambda config, stock: None if stock is None else stock // 2,
 }
 WAIT_BUDGETS = {"prefill": 0, "decode": 1, "flow matching": 0}
 
@@ -64,9 +64,9 @@ def measure(subject: work.Subject, with_stock: bool = True) -> list[Row]:
                     stage.unit,
                     found.launches,
                     found.waits,
-                    budget(subject.config, theirs and theirs.launches),
-                    theirs and theirs.launches,
-                    theirs and theirs.waits,
+                    budget(subject.config, theirs.launches if theirs else None),
+                    theirs.launches if theirs else None,
+                    theirs.waits if theirs else None,
                 )
             )
         return rows
@@ -84,15 +84,13 @@ def stock_counts(subject: work.Subject, ours: work.Work) -> dict[str, Counts]:
     encoder = stock.encoder.float()
     sizes, ids = subject.config.llm, torch.cat((ours.ids, ours.ids[:1]))[None]
     shape = (1, sizes.num_kv_heads, len(ours.ids), sizes.head_dim)
+    rows = tuple(ours.mel.new_zeros(shape) for _ in range(2 * sizes.num_layers))
 
     def counted(run: Callable[[], object]) -> Counts:
         run()
         return count(run, subject.device)
 
     def tokens(number: int) -> Counts:
-        rows = tuple(
-            torch.zeros(shape, dtype=subject.dtype, device=subject.device) for _ in range(2 * sizes.num_layers)
-        )
         return counted(lambda: stock.continuation(ids, rows, number))
 
     counts = {

@@ -13,6 +13,7 @@ CHECKS = {
     "mel": "The mel features of a device against those of the CPU.",
     "repeat": "The same question twice: equal tokens, equal text, equal waveform.",
     "stages": "What every stage gives on one device, saved and compared on another.",
+    "ops": "Every operator of every stage: what an Ascend NPU does with it.",
     "ckpt": "A converted checkpoint: checksums, layout and, with --src, every tensor against its source.",
     "all": "All of these as one report, to attach to a bug report.",
 }

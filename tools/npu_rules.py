@@ -273,11 +273,16 @@ RULES = tuple(
         # convolutions
         ("aten::convolution", mixed_dtypes("input", "weight", "bias"), "input, weight and bias in one dtype", CONV),
         ("aten::convolution", forward(dtype_not_in(*CONV_DTYPES)), "dtype: float16, float32", native_api("Conv1d")),
-        ("aten::convolution", transposed(dtype_not_in(torch.float32)), "dtype: float32", native_api("ConvTranspose1d")),
+        (
+            "aten::convolution",
+            transposed(dtype_not_in(torch.float32)),
+            "transposed: dtype: float32",
+            native_api("ConvTranspose1d"),
+        ),
         ("aten::convolution", long_dimension, f"dimensions over {MAX_CONV_DIM}", CONV),
         ("aten::convolution", between(1, 65535, lambda call: [call.groups]), "groups 1..65535", CONV),
         ("aten::convolution", forward(between(0, 255, lambda call: call.padding)), "padding 0..255", CONV),
-        ("aten::convolution", transposed(between(1, 255, spans)), "kernel and dilation 1..255", CONV),
+        ("aten::convolution", transposed(between(1, 255, spans)), "transposed: kernel and dilation 1..255", CONV),
         # fused operators
         ("npu::npu_(swiglu|rms_norm|add_rms_norm|gelu|rotary_mul)", dtype_not_in(*FLOATS), "dtype", SWIGLU),
         ("npu::npu_swiglu", contiguous("input"), "input must be contiguous", SWIGLU),

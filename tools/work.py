@@ -48,26 +48,27 @@ class Stage:
     run: Callable[[], object]
 
 
-def loaded(ckpt: Path, device: str, backend: str | None = None) -> Subject:
+def loaded(ckpt: Path, device: str) -> Subject:
     """Return the networks of a checkpoint."""
-    model = CovoAudio.load(ckpt, device=device, backend=backend)
+    model = CovoAudio.load(ckpt, device=device)
     model.weights.wait()
     return Subject(model.networks, model.config, model.kernels, model.device, model.dtype)
 
 
-def made_up(device: str, backend: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Subject:
-    """Return networks of the real depth and little width with random weights: operators are as many, work is little."""
+def made_up(device: str, config: ModelConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> Subject:
+    """Return networks with random weights, by default of the real depth and little width.
+
+    Operators are as many as in the real model, and the work is little.
+    """
     place = open_device(device)
-    kernels, config = select(backend, place), deep_and_thin()
+    kernels, config = select(None, place), config or deep_and_thin()
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for shapes in expected_tensors(config).values():
         for name, shape in shapes.items():
             wide = max(1, math.prod(shape[1:]))
-            values = torch.rand(shape, generator=random) / math.sqrt(
-                wide
-            )  # positive, as the snakes' parameters must be
-            tensors[name] = values.to(place)
+            # positive, as the snakes' parameters must be
+            tensors[name] = (torch.rand(shape, generator=random) / math.sqrt(wide)).to(place)
     tensors["voice.prompt_codes"] = torch.zeros(shape_of_prompt(config), dtype=torch.int64, device=place)
     networks = meta_networks(config, kernels)
     fill(networks, tensors, dtype)
@@ -93,7 +94,7 @@ def shape_of_prompt(config: ModelConfig) -> int:
 
 
 class Work:
-    """The inputs of the stages and the stages themselves. Everything runs under inference_mode."""
+    """The inputs of the stages and the stages themselves, as they run on an accelerator. Needs no gradients."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject, random = subject, torch.Generator().manual_seed(0)
@@ -118,9 +119,10 @@ class Work:
     def stages(self) -> list[Stage]:
         """Return the stages in the order of a reply. Each can be run again and again."""
         networks, llm = self.subject.networks, self.subject.networks.llm
+        mel_filters = networks.frontend.mel_filters
         front = [
             Stage(
-                "front end", "one second of audio", lambda: audio.log_mel(self.samples, networks.frontend.mel_filters)
+                "front end", "one segment of 30 s", partial(audio.log_mel, self.samples, mel_filters, audio.dft_power)
             ),
             Stage("encode", "one segment of 30 s", lambda: networks.adapter(networks.encoder(self.mel))),
             Stage("prefill", f"{PROMPT_TOKENS} tokens", partial(llm.prefill, self.embeddings, self._cache(), 0, 0)),
