@@ -1,10 +1,12 @@
-"""Streams of bytes into a file: large sequential writes past the page cache, a checksum for each block as it passes.
+"""Streams of bytes from files into a file: past the page cache, with a checksum for each block as it passes.
 
 One thread fills a block of 16 MiB while another hashes and writes the one before; three blocks is all the memory.
 """
 
+import contextlib
 import errno
 import fcntl
+import io
 import mmap
 import os
 from collections.abc import Callable, Iterable
@@ -65,6 +67,54 @@ class Zeros:
     def read_into(self, view: memoryview) -> None:
         """Fill the view with zeros."""
         view[:] = bytes(view.nbytes)
+
+
+class SourceFile:
+    """A file to read from: what lies in the page cache is taken from there, the rest from the disk past the cache.
+
+    A checkpoint is larger than the cache: copies through it cost most of the time and push out what others need.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._direct: io.FileIO | None = None
+        with contextlib.suppress(OSError):  # this file system has no direct I/O
+            self._direct = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        self._bounce = mmap.mmap(-1, BLOCK_BYTES)  # direct I/O wants its own alignment of offset, length and address
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill the view from an offset. Raises EOFError if the file ends before."""
+        done = 0
+        while done < view.nbytes:
+            rest, place = view[done:], offset + done
+            count = self._read_cached(rest, place) or self._read_disk(rest, place)
+            if count == 0:
+                raise EOFError(f"ends at {place}")
+            done += count
+
+    def _read_cached(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._file.fileno(), [view], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            return 0
+
+    def _read_disk(self, view: memoryview, offset: int) -> int:
+        ahead = offset % DIRECT_UNIT
+        length = min(BLOCK_BYTES, ahead + view.nbytes + -(ahead + view.nbytes) % DIRECT_UNIT)
+        if self._direct is not None:
+            try:
+                found = os.preadv(self._direct.fileno(), [memoryview(self._bounce)[:length]], offset - ahead)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = None
+            else:
+                count = max(0, min(found - ahead, view.nbytes))
+                view[:count] = memoryview(self._bounce)[ahead : ahead + count]
+                return count
+        return os.preadv(self._file.fileno(), [view], offset)
 
 
 def write_file(

@@ -6,7 +6,6 @@ only what must be computed (at most one convolution of the vocoder at a time) be
 
 import errno
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -21,14 +20,27 @@ from covo_npu.convert import rules, transforms
 from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.plan import Plan, Step
 from covo_npu.convert.source import Source, SourceTensor
-from covo_npu.convert.stream import Bytes, Stream, Zeros, write_file
+from covo_npu.convert.stream import Bytes, SourceFile, Stream, Zeros, write_file
 from covo_npu.runtime import checkpoint
 from covo_npu.runtime.config import to_dict
 
 FILES = {"llm": "llm-rank0of1.safetensors", "encoder": checkpoint.ENCODER, "token2wav": checkpoint.TOKEN2WAV}
 CAST_BYTES = 2**20  # values are cast in pieces of this size, which stay in the cache of a core
 Advance = Callable[[int], object]
-Digests = dict[SourceTensor, str]
+
+
+class Reading:
+    """The open files of the source, and the digest of every tensor that was read to its end."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, SourceFile] = {}
+        self.digests: dict[SourceTensor, str] = {}
+
+    def file(self, path: Path) -> SourceFile:
+        """Return the file, opened once."""
+        if path not in self.files:
+            self.files[path] = SourceFile(path)
+        return self.files[path]
 
 
 def write_checkpoint(plan: Plan, source: Source, folder: Path, advance: Advance = lambda count: None) -> dict[str, Any]:
@@ -36,16 +48,16 @@ def write_checkpoint(plan: Plan, source: Source, folder: Path, advance: Advance 
 
     advance: told of bytes as they are written. Raises ConvertError if a value cannot be converted or the disk is full.
     """
-    digests: Digests = {}
+    reading = Reading()
     files: dict[str, tuple[checkpoint.FilePlan | None, int, list[str]]] = {}
     try:
         for stem, steps in plan.files().items():
             layout = checkpoint.plan_file((step.target, step.dtype, step.shape) for step in steps)
-            files[FILES[stem]] = (layout, *write_file(folder / FILES[stem], _streams(layout, steps, digests), advance))
+            files[FILES[stem]] = (layout, *write_file(folder / FILES[stem], _streams(layout, steps, reading), advance))
         texts = {checkpoint.TOKENIZER: source.tokenizer.text, checkpoint.GENERATION_CONFIG: _pretty(rules.GENERATION)}
         for name, text in texts.items():
             files[name] = (None, *write_file(folder / name, [Bytes(text)], advance))
-        body = manifest_body(plan, source, files, digests)
+        body = manifest_body(plan, source, files, reading.digests)
         checkpoint.write_manifest(folder, body)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -105,7 +117,7 @@ def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[s
 # --- steps to streams
 
 
-def _streams(layout: checkpoint.FilePlan, steps: list[Step], digests: Digests) -> Iterator[Stream]:
+def _streams(layout: checkpoint.FilePlan, steps: list[Step], reading: Reading) -> Iterator[Stream]:
     """Yield the bytes of a file: header, tensors, the pads between them."""
     yield Bytes(layout.header)
     by_name = {step.target: step for step in steps}
@@ -113,21 +125,21 @@ def _streams(layout: checkpoint.FilePlan, steps: list[Step], digests: Digests) -
         if name.startswith(checkpoint.PAD_PREFIX):
             yield Zeros(entry.bytes)
         else:
-            yield from _step_streams(by_name[name], digests)
+            yield from _step_streams(by_name[name], reading)
 
 
-def _step_streams(step: Step, digests: Digests) -> Iterator[Stream]:
+def _step_streams(step: Step, reading: Reading) -> Iterator[Stream]:
     """Yield the bytes of one target tensor."""
     dtype = step.torch_dtype
     if step.compute is None:
         for need, tensor in zip(step.needs, step.sources, strict=True):
-            yield Zeros(_size(need.shape, dtype)) if tensor is None else _Cast(_Reader(tensor, digests), dtype)
+            yield Zeros(_size(need.shape, dtype)) if tensor is None else _Cast(_Reader(tensor, reading), dtype)
     else:
-        yield _computed(step, dtype, digests)
+        yield _computed(step, dtype, reading)
 
 
-def _computed(step: Step, dtype: torch.dtype, digests: Digests) -> Stream:
-    inputs = [_load(tensor, digests) for tensor in step.sources if tensor is not None]
+def _computed(step: Step, dtype: torch.dtype, reading: Reading) -> Stream:
+    inputs = [_load(tensor, reading) for tensor in step.sources if tensor is not None]
     wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
     assert step.compute is not None
     try:
@@ -141,10 +153,9 @@ def _computed(step: Step, dtype: torch.dtype, digests: Digests) -> Stream:
 class _Reader:
     """The bytes of one source tensor in order, hashed as they pass."""
 
-    def __init__(self, tensor: SourceTensor, digests: Digests) -> None:
-        self.tensor, self._digests = tensor, digests
+    def __init__(self, tensor: SourceTensor, reading: Reading) -> None:
+        self.tensor, self._reading = tensor, reading
         self._memory = None if tensor.values is None else _view(tensor.values)
-        self._file = tensor.path.open("rb", buffering=0) if self._memory is None else None
         self._hash = xxhash.xxh3_128()
         self._at = 0
 
@@ -154,34 +165,24 @@ class _Reader:
         return self.tensor.bytes
 
     def read_into(self, view: memoryview) -> None:
-        """Fill the view with the next bytes; the last call notes the digest and closes the file."""
-        if self._memory is not None:
+        """Fill the view with the next bytes; the last call notes the digest."""
+        if self._memory is None:
+            self._read_file(view)
+        else:
             view[:] = self._memory[self._at : self._at + view.nbytes]
-        if self._file is not None:
-            self._pread(self._file.fileno(), view)
         self._hash.update(view)
         self._at += view.nbytes
         if self._at == self.bytes:
-            self._digests[self.tensor] = self._hash.hexdigest()
-            self._file = None
+            self._reading.digests[self.tensor] = self._hash.hexdigest()
 
-    def _pread(self, fd: int, view: memoryview) -> None:
-        """Read from the page cache what is there; what comes from the disk does not stay in the cache."""
-        done = 0
-        while done < view.nbytes:
-            place = self.tensor.offset + self._at + done
-            try:
-                count = os.preadv(fd, [view[done:]], place, os.RWF_NOWAIT)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                    raise
-                count = os.preadv(fd, [view[done:]], place)
-                os.posix_fadvise(fd, place, count, os.POSIX_FADV_DONTNEED)
-            if count == 0:
-                raise ConvertError(
-                    f"{self.tensor.path}: ended while {self.tensor.name} was read; was it changed meanwhile?"
-                )
-            done += count
+    def _read_file(self, view: memoryview) -> None:
+        tensor = self.tensor
+        try:
+            self._reading.file(tensor.path).read_into(view, tensor.offset + self._at)
+        except EOFError as error:
+            raise ConvertError(
+                f"{tensor.path}: {error} while {tensor.name} is read; was the file changed meanwhile?"
+            ) from error
 
 
 class _Cast:
@@ -212,9 +213,9 @@ class _Cast:
             piece[:] = _view(values)
 
 
-def _load(tensor: SourceTensor, digests: Digests) -> Tensor:
+def _load(tensor: SourceTensor, reading: Reading) -> Tensor:
     """Return a whole source tensor. Only for those that are computed, the largest of which has 50 MB."""
-    reader = _Reader(tensor, digests)
+    reader = _Reader(tensor, reading)
     data = torch.empty(tensor.bytes, dtype=torch.uint8)
     reader.read_into(_view(data))
     return data.view(tensor.dtype).view(tensor.shape)

@@ -1,6 +1,7 @@
 """The stream writer: every byte, every checksum, little memory, with and without direct I/O."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from covo_npu.convert import stream
 from covo_npu.convert.stream import Bytes, Zeros, write_file
 from covo_npu.runtime.checkpoint import BLOCK_BYTES, block_digests
-from covo_npu.tools.measure import PeakMemory
+from covo_npu.tools.measure import PeakMemory, drop_page_cache
 
 
 def pieces(seed: int, sizes: list[int]) -> list[bytes]:
@@ -55,7 +56,6 @@ def test_direct_io_that_fails_in_the_middle_goes_on_buffered(tmp_path: Path, mon
     write, direct = os.pwrite, []
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
-        import fcntl
 
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             direct.append(offset)
@@ -106,3 +106,38 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
         before = memory.anonymous
         write_file(tmp_path / "file", [Zeros(size)])
     assert memory.anonymous - before < 6 * BLOCK_BYTES < size / 3
+
+
+@pytest.mark.parametrize("cache", ["cold", "warm", "no direct I/O", "direct I/O that fails"])
+def test_a_source_file_gives_its_bytes_from_cache_and_disk(cache: str, tmp_path: Path, monkeypatch):
+    data = pieces(3, [3 * BLOCK_BYTES + 12345])[0]
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    if cache != "warm":
+        drop_page_cache(path)
+    opened, read, direct = os.open, os.preadv, []
+
+    def no_direct_io(name: object, flags: int, *mode: int, **keywords: object) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(name, flags, *mode, **keywords)
+
+    def preadv(fd: int, buffers: list, offset: int, *flags: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(offset)
+            if cache == "direct I/O that fails":
+                raise OSError(errno.EINVAL, "Invalid argument")
+        return read(fd, buffers, offset, *flags)
+
+    if cache == "no direct I/O":
+        monkeypatch.setattr(stream.os, "open", no_direct_io)
+    monkeypatch.setattr(stream.os, "preadv", preadv)
+    file, buffer = stream.SourceFile(path), bytearray(BLOCK_BYTES)
+    for offset, count in [(0, 1), (7, 4096), (4095, 2), (123, BLOCK_BYTES), (len(data) - 99, 99), (2 * BLOCK_BYTES, 0)]:
+        view = memoryview(buffer)[:count]
+        file.read_into(view, offset)
+        assert view == data[offset : offset + count], (offset, count)
+    assert (cache == "warm") == (len(direct) == 0) or cache == "no direct I/O"
+    assert len(direct) <= 1 or cache == "cold"
+    with pytest.raises(EOFError, match=f"ends at {len(data)}"):
+        file.read_into(memoryview(buffer)[:100], len(data) - 99)
