@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,12 +32,19 @@ def tiny_source() -> Path:
 
 @pytest.fixture(scope="session")
 def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Callable[[str], Path]:
-    """A function: dtype -> folder of the tiny checkpoint converted to it, once for all tests; do not write there."""
+    """A function: dtype -> folder of the tiny checkpoint converted to it, once for all tests; do not write there.
+
+    With COVO_TEST_CONVERTED in the environment they are made and kept in that folder, for several runs to share.
+    """
     done: dict[str, Path] = {}
 
     def convert(dtype: str = "float32") -> Path:
         if dtype not in done:
-            target = tmp_path_factory.mktemp("converted") / dtype
+            kept = os.environ.get("COVO_TEST_CONVERTED")
+            target = (Path(kept) if kept else tmp_path_factory.mktemp("converted")) / dtype
+            if target.exists():
+                done[dtype] = target
+                return target
             command = [Path(sys.executable).with_name("covo-convert"), "--src", tiny_source, "--dst", target]
             subprocess.run([*command, "--dtype", dtype], check=True, capture_output=True)
             done[dtype] = target
