@@ -1,3 +1,3 @@
 """The converter: a source checkpoint in, npu_ckpt out. The only place that knows upstream's names."""
 
-import covo_npu.kernels  # before torch: see there
+import covo_npu.kernels  # noqa: F401 - before torch: see there

@@ -10,8 +10,11 @@ docs, native API tables; the pages of the aclnn operators):
 - bfloat16 cannot be replicate-padded.
 """
 
+import contextlib
 import functools
+import logging
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,8 @@ from covo_npu.kernels import native
 from covo_npu.kernels.errors import BackendError
 
 try:
-    import torch_npu
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its warnings where results belong
+        import torch_npu
 except (ImportError, OSError, RuntimeError) as error:  # not installed; no CANN; of another torch
     raise BackendError(
         f"device npu: torch_npu cannot be imported ({str(error).splitlines()[0]}). It needs three things: (1) CANN, "
@@ -31,6 +35,7 @@ except (ImportError, OSError, RuntimeError) as error:  # not installed; no CANN;
     ) from error
 
 name = "npu"
+log = logging.getLogger(__name__)
 
 MAX_CONV_LENGTH = 1_000_000  # per dimension. Source: aclnnConvolution, limits
 NZ = 29  # ACL_FORMAT_FRACTAL_NZ. Source: op-plugin docs, npu_format_cast
@@ -49,6 +54,7 @@ def open_device(index: int) -> torch.device:
             f"device npu:{index} is not there: torch_npu {torch_npu.__version__} sees {count} NPUs "
             f"(ASCEND_RT_VISIBLE_DEVICES={'not set' if visible is None else visible}); see `npu-smi info`"
         )
+    log.info("npu:%d of %d, torch_npu %s, ASCEND_RT_VISIBLE_DEVICES=%s", index, count, torch_npu.__version__, visible)
     torch_npu.npu.set_device(index)  # first of all: otherwise CANN opens a context on device 0 too
     torch_npu.npu.set_compile_mode(jit_compile=False)  # ready-made kernels: no compilation at run time
     torch_npu.npu.conv.allow_hf32 = False  # True by default; we promise float32 where the tensors are float32

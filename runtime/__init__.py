@@ -9,6 +9,8 @@ The public names are imported on first use, so that `covo-run --help` and the ma
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import covo_npu.kernels  # noqa: F401 - before torch: see there
+
 if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
     from covo_npu.runtime.sampling import Sampling

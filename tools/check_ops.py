@@ -25,7 +25,7 @@ from torch._C import _dispatch_has_kernel_for_dispatch_key
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import FUNCTIONS
 from covo_npu.tools import work
-from covo_npu.tools.check_result import verbose_option
+from covo_npu.tools.check_result import Finding, Result, Subject, verbose_option
 from covo_npu.tools.launches import Recorder, first_dtype
 from covo_npu.tools.npu_rules import RULES, Call, Rule, broken_rule
 
@@ -53,7 +53,7 @@ FORECAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gelu_tanh": (("npu::npu_gelu",),) * 2,
     "attention": (("aten::clone", *_ATTENTION), _PLAIN_ATTENTION),
     "write_kv": (("npu::npu_scatter_nd_update_",) * 2,) * 2,
-    "prefill_attention": (("aten::clone", *_ATTENTION), _PLAIN_ATTENTION),
+    "prefill_attention": (("aten::clone", *_ATTENTION), (*_PLAIN_ATTENTION, "aten::masked_fill_")),
     "decode_attention": (_ATTENTION, _PLAIN_ATTENTION),
     "masked_decode_attention": (("aten::logical_not", *_ATTENTION), _PLAIN_ATTENTION),
     "conv1d": (("aten::_to_copy", "aten::convolution float32"), ("aten::convolution",)),
@@ -194,6 +194,20 @@ def as_text(rows: list[Row], title: str) -> str:
         f"{len(faults)} operators fall back or are refused" if faults else "nothing falls back, nothing is refused"
     )
     return "\n".join([*lines, f"{summary}: {verdict}"])
+
+
+def examine(subject: Subject) -> Result:
+    """Return a finding for each stage. Off the NPU of networks that are made up: the operators are the same."""
+    on_npu = subject.device.startswith("npu")
+    chosen = work.loaded(subject.ckpt, subject.device) if on_npu and subject.ckpt else work.made_up(subject.device)
+    rows = operators(chosen)
+    findings = []
+    for stage in dict.fromkeys(row.stage for row in rows):
+        found = [row for row in rows if row.stage == stage]
+        faults = [f"{row.operator} {row.state}: {row.limit}" for row in found if row.state in FAULTS]
+        says = "; ".join(faults) if faults else f"{sum(row.count for row in found)} calls of {len(found)} operators"
+        findings.append(Finding(stage, says, "nothing falls back or is refused", "torch_npu's list", not faults))
+    return Result("ops", f"operators on {chosen.device}" if on_npu else "forecast for an Ascend NPU", tuple(findings))
 
 
 @click.command()

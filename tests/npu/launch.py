@@ -1,9 +1,11 @@
 """Runs a console script on the emulated NPU, in this process. usage: python launch.py PROGRAM [ARGUMENTS]"""
 
+import contextlib
 import sys
 from importlib.metadata import entry_points
 
-from emulation import device
+with contextlib.redirect_stdout(sys.stderr):  # torch_npu prints its warnings where results belong
+    from emulation import device
 
 
 def main() -> int:
