@@ -83,10 +83,5 @@ def test_without_cann_the_device_says_what_to_install_and_the_cpu_works() -> Non
         "raise SystemExit(console.run(click.command()(lambda: open_device('npu:0')), 'covo-run', []))"
     )
     assert done.stdout == "cpu\n" and done.returncode == 1 and "Traceback" not in done.stderr
-    for part in (
-        "torch_npu cannot be imported (libhccl.so",
-        "source /usr/local/Ascend",
-        "2.9.0 for CANN 8.5.0",
-        "npu-smi",
-    ):
+    for part in ("torch_npu cannot be imported (libhccl.so", "source /usr/local/Ascend", "2.9.0 for CANN 8.5.0"):
         assert part in done.stderr
