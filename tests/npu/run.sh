@@ -4,4 +4,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
-exec "$here/emulated" pytest --device npu:0 tests/npu tests/runtime/test_goldens.py "$@"
+# of the runtime's tests those that take a device
+runtime=$(grep -l "device: str" tests/runtime/test_*.py)
+# shellcheck disable=SC2086
+exec "$here/emulated" pytest --device npu:0 tests/npu $runtime "$@"
