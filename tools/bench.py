@@ -11,6 +11,10 @@ from covo_npu.runtime import console
 COMMANDS = {
     "load": ("bench_load", "Time from the start of a process to ready and to the first token, against the stock path."),
     "decode": ("bench_decode", "Prefill and decoding against transformers' generate, by context and batch."),
+    "token2wav": (
+        "bench_token2wav",
+        "Codes to a waveform against a straightforward implementation, by stage and length.",
+    ),
     "launches": ("bench_launches", "Operators launched and waits for an NPU, by stage, against the stock path."),
     "convert": ("bench_convert", "Conversion against `cp -r` of the same source on the same disk."),
 }
