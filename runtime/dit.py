@@ -60,11 +60,12 @@ class DiTBlock(nn.Module):
         batch, length, size = x.shape
         dtype = self.qkv_proj.weight.dtype
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        heads = (batch, length, self.num_heads, self.head_dim)
         qkv = self.qkv_proj(self.kernels.layer_norm(x, scale_a, shift_a, NORM_EPS).to(dtype))
-        qkv = qkv.view(batch, length, 3 * self.num_heads, self.head_dim)
-        rotated = self.kernels.rotary(qkv[:, :, : 2 * self.num_heads], conditions.cos, conditions.sin)
-        q, k, v = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :], qkv[:, :, 2 * self.num_heads :]
-        attended = self.kernels.attention(q, k, v, self.head_dim**-0.5).reshape(batch, length, size)
+        # [3 B, L, H, D], the q, then the k, then the v: one copy here, where attention may want three
+        qkv = qkv.view(batch, length, 3, *heads[2:]).permute(2, 0, 1, 3, 4).reshape(3 * batch, *heads[1:])
+        q, k = self.kernels.rotary(qkv[: 2 * batch], conditions.cos, conditions.sin).view(2, *heads)
+        attended = self.kernels.attention(q, k, qkv[2 * batch :], self.head_dim**-0.5).reshape(batch, length, size)
         x = torch.addcmul(x, self.o_proj(attended).to(x.dtype), gate_a)
         hidden = self.fc1(self.kernels.layer_norm(x, scale_m, shift_m, NORM_EPS).to(dtype))
         return torch.addcmul(x, self.fc2(self.kernels.gelu_tanh(hidden)).to(x.dtype), gate_m)

@@ -22,8 +22,8 @@ OK, FAULT = 0, 1
 BUDGETS: dict[str, Callable[[ModelConfig, int | None], int | None]] = {
     "prefill": lambda config, stock: 14 * config.llm.num_layers + 30,
     "decode": lambda config, stock: 12 * config.llm.num_layers + 20,
-    # 16 a block with the 12 blocks of the real model
-    "flow matching": lambda config, stock: 15 * config.token2wav.dit.num_layers + 12 if config.token2wav else None,
+    # 16 a block; before, after and between evaluations the rest
+    "flow matching": lambda config, stock: 16 * config.token2wav.dit.num_layers + 12 if config.token2wav else None,
     "vocoder": lambda config, stock: None if stock is None else stock // 2,
 }
 WAIT_BUDGETS = {"prefill": 0, "decode": 1, "flow matching": 0}

@@ -72,6 +72,8 @@ def made_up(device: str, config: ModelConfig | None = None, dtype: torch.dtype =
     tensors["voice.prompt_codes"] = torch.zeros(shape_of_prompt(config), dtype=torch.int64, device=place)
     networks = meta_networks(config, kernels)
     fill(networks, tensors, dtype)
+    if networks.token2wav is not None:
+        networks.token2wav.configure(dtype)
     return Subject(networks, config, kernels, place, dtype)
 
 
@@ -119,6 +121,8 @@ class Work:
     def stages(self) -> list[Stage]:
         """Return the stages in the order of a reply. Each can be run again and again."""
         networks, llm = self.subject.networks, self.subject.networks.llm
+        if networks.token2wav is not None:
+            networks.token2wav.dit.multiply_in(networks.token2wav.dtype)
         mel_filters = networks.frontend.mel_filters
         front = [
             Stage(

@@ -1,15 +1,13 @@
-"""Tests of this folder need an NPU, real or emulated (`tests/npu/emulated pytest`). Elsewhere they are no tests."""
+"""Tests of this folder need an NPU. On hardware only the kernels are tested; the rest is about the emulated device.
 
-import os
+Emulated: `tests/npu/run.sh`. Hardware: `pytest --device npu:0 tests/npu`. Elsewhere these are no tests.
+"""
 
 try:
     import torch_npu
 
-    HERE = torch_npu.npu.is_available()
+    HERE, EMULATED = torch_npu.npu.is_available(), hasattr(torch_npu, "emulation")
 except (ImportError, OSError, RuntimeError):
-    HERE = False
+    HERE, EMULATED = False, False
 
-collect_ignore_glob = [] if HERE else ["test_*.py"]
-
-if HERE:
-    os.environ["COVO_TEST_DEVICE"] = "npu:0"
+collect_ignore_glob = [] if EMULATED else ["test_[!k]*.py"] if HERE else ["test_*.py"]

@@ -7,7 +7,6 @@
 #include <string.h>
 
 typedef int Error;
-int covo_emulated_device = 1; /* how a program tells this device from hardware */
 enum { OK = 0, NOT_SUPPORTED = 207000, NO_CONTEXT = 107002, NO_MEMORY = 207001 };
 
 static int device = -1;      /* aclrtSetDevice was never called */
