@@ -30,7 +30,7 @@ from covo_npu.tools.check_result import (
 )
 
 # In this order. Each module check_<name> has examine(Subject) -> Result; True: it needs a checkpoint.
-PARTS = {"doctor": False, "mel": False, "ckpt": True, "stages": True, "repeat": True}
+PARTS = {"doctor": False, "mel": False, "ckpt": True, "stages": True, "repeat": True, "ops": False}
 
 
 def results(subject: Subject) -> Iterator[Result]:

@@ -53,11 +53,11 @@ BOUNDS = {
     "encoder": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
     "adapter": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
     "logits": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
-    "latents": {"float32": 1e-3},
+    "latents": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "waveform": {"float32": 1e-3},
 }
 SPEECH = ("latents", "waveform")
-ALWAYS_FLOAT32 = ("mel", *SPEECH)
+ALWAYS_FLOAT32 = ("mel", "waveform")
 COARSENESS = ("float32", "float16", "bfloat16")
 SOURCE = "rounding of {dtype}, gathered over the layers"
 
@@ -69,6 +69,7 @@ class Origin:
     device: str
     backend: str
     dtype: str
+    token2wav_dtype: str
     torch: str
     covo_npu: str
     checkpoint: str  # the manifest's own checksum
@@ -121,8 +122,8 @@ def _logits(model: CovoAudio, features: Tensor, tokens: Tensor | None) -> Stages
     return {"tokens": torch.cat(chosen), "logits": torch.cat(rows)}
 
 
-def compare(found: Stages, expected: Stages, dtype: str) -> list[Finding]:
-    """Return the findings of two runs. dtype: the coarser one of the two."""
+def compare(found: Stages, expected: Stages, dtype: str, token2wav_dtype: str) -> list[Finding]:
+    """Return the findings of two runs. dtype, token2wav_dtype: the coarser ones of the two."""
     findings = []
     for name, bounds in BOUNDS.items():
         if name not in expected and name not in found:
@@ -136,7 +137,7 @@ def compare(found: Stages, expected: Stages, dtype: str) -> list[Finding]:
         if a.shape != b.shape:
             findings.append(Finding(name, f"{list(a.shape)}", f"{list(b.shape)}, as in the file", "", False))
             continue
-        used = "float32" if name in ALWAYS_FLOAT32 else dtype
+        used = "float32" if name in ALWAYS_FLOAT32 else token2wav_dtype if name == "latents" else dtype
         error = float((a - b).norm() / b.norm().clamp(min=1e-30))
         source = f"{SOURCE.format(dtype=used)}; largest difference {float((a - b).abs().max()):.2e}"
         source += f", {_snr_db(error)}" if name == "waveform" else ""
@@ -187,20 +188,31 @@ def run(
     if other:
         _require_same("audio", sound, other.audio, "name the same WAV")
         _require_same("checkpoint", digest, other.checkpoint, "name the same checkpoint")
-    precision = {"dtype": dtype, "token2wav_dtype": dtype or "auto"}
-    model = CovoAudio.load(subject.ckpt, device=subject.device, backend=backend, speech=speech, **precision)
+    model = CovoAudio.load(
+        subject.ckpt, subject.device, dtype, backend=backend, speech=speech, token2wav_dtype=dtype or "auto"
+    )
     stages, report = compute(model, waveform, expected), model.report
-    origin = Origin(report.device, report.backend, report.dtype, torch.__version__, version("covo-npu"), digest, sound)
+    origin = Origin(
+        report.device,
+        report.backend,
+        report.dtype,
+        report.token2wav_dtype,
+        torch.__version__,
+        version("covo-npu"),
+        digest,
+        sound,
+    )
     findings = [
         Finding(f"{name} is finite", str(list(tensor.shape)), "no NaN, no infinity", "", _finite(tensor))
         for name, tensor in stages.items()
     ]
-    title = f"{report.device}, {report.backend}, {report.dtype}; {label}"
+    title = f"{_with_what(origin)}; {label}"
     if other:
-        coarser = max(report.dtype, other.dtype, key=COARSENESS.index)
+        coarser = max(origin.dtype, other.dtype, key=COARSENESS.index)
+        of_speech = max(origin.token2wav_dtype, other.token2wav_dtype, key=COARSENESS.index)
         wanted = {name: tensor for name, tensor in expected.items() if speech or name not in SPEECH}
-        findings += compare(stages, wanted, coarser)
-        title += f"; against {other.device}, {other.backend}, {other.dtype}, torch {other.torch}"
+        findings += compare(stages, wanted, coarser, of_speech)
+        title += f"; against {_with_what(other)}"
     if save_to:
         save(save_to, stages, origin)
         findings.append(Finding("saved", f"{save_to} ({save_to.stat().st_size / 1e6:.1f} MB)"))
@@ -218,6 +230,11 @@ def manifest_digest(folder: Path) -> str:
     Raises CheckpointError as read_manifest does.
     """
     return str(json.loads((read_manifest(folder).folder / MANIFEST).read_bytes())["manifest_xxh3_128"])
+
+
+def _with_what(origin: Origin) -> str:
+    dtypes = f"{origin.dtype}, speech {origin.token2wav_dtype}"
+    return f"{origin.device}, {origin.backend}, {dtypes}, torch {origin.torch}"
 
 
 def _require_same(what: str, found: str, expected: str, advice: str) -> None:

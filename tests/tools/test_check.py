@@ -295,9 +295,9 @@ def test_each_stage_can_fail(saved, stage, dtype):
     stages, _ = check_stages.load(saved)
     size = 0.2 if dtype != "float32" and stage not in check_stages.ALWAYS_FLOAT32 else 0.005
     wrong = stages | {stage: stages[stage] + size * stages[stage].std() * torch.randn_like(stages[stage])}
-    assert [f.name for f in check_stages.compare(wrong, stages, dtype) if f.holds is False] == [stage]
+    assert [f.name for f in check_stages.compare(wrong, stages, dtype, dtype) if f.holds is False] == [stage]
     wrong = stages | {stage: stages[stage] * float("nan")}
-    assert [f.name for f in check_stages.compare(wrong, stages, dtype) if f.holds is False] == [stage]
+    assert [f.name for f in check_stages.compare(wrong, stages, dtype, dtype) if f.holds is False] == [stage]
 
 
 def test_a_wrong_network_is_named_alone(convert_tiny, saved, monkeypatch):
@@ -326,7 +326,11 @@ def test_a_stage_that_is_missing_or_has_another_shape_fails(saved):
     stages, _ = check_stages.load(saved)
     shorter = {**stages, "waveform": stages["waveform"][:-240]}
     del shorter["latents"]
-    wrong = [finding.name for finding in check_stages.compare(shorter, stages, "float32") if finding.holds is False]
+    wrong = [
+        finding.name
+        for finding in check_stages.compare(shorter, stages, "float32", "float32")
+        if finding.holds is False
+    ]
     assert wrong == ["latents", "waveform"]
 
 
