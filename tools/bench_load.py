@@ -2,7 +2,7 @@
 
 The rows are those of load_rows.py, taken in turn. Before each run the row's own files are read into the page cache, or
 with --cold dropped from it, because on a machine with little memory the rows push each other's files out. The first run
-of each row but stock is a warm-up and not counted. Floors are measured in the same run.
+of each row but stock is a warm-up and not counted, unless --cold. Floors are measured in the same run.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def measure_row(task: Task, cold: bool) -> Run:
 
 
 def measure_rows(tasks: Sequence[Task], runs: int, stock_runs: int, cold: bool) -> dict[str, list[Run]]:
-    """Return the counted runs of each row, the rows taken in turn. Stock takes minutes and has no warm-up."""
+    """Return the counted runs of each row, taken in turn. Stock takes minutes, a cold start must be one: no warm-up."""
     results: dict[str, list[Run]] = {task.row: [] for task in tasks}
     for turn in range(runs + 1):
         for task in tasks:
-            wanted, warm_up = (stock_runs, 0) if task.row == "stock" else (runs, 1)
+            wanted, warm_up = (stock_runs, 0) if task.row == "stock" else (runs, 0 if cold else 1)
             if turn >= wanted + warm_up:
                 continue
             click.echo(f"{task.row}: run {turn + 1} of {wanted + warm_up}", err=True)

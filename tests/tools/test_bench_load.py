@@ -57,6 +57,9 @@ def test_stock_is_measured_less_often_and_without_warm_up(monkeypatch):
     results = bench_load.measure_rows(tasks, runs=2, stock_runs=1, cold=False)
     assert order == ["stock", "ours", "ours", "ours"]
     assert {row: len(found) for row, found in results.items()} == {"stock": 1, "ours": 2}
+    order.clear()
+    bench_load.measure_rows(tasks, runs=1, stock_runs=1, cold=True)
+    assert order == ["stock", "ours"]
 
 
 def test_help_lists_the_benches_without_importing_them():
