@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,17 @@ from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import audio
 from covo_npu.runtime.adapter import Adapter
 from covo_npu.runtime.checkpoint import block_digests, read_manifest
-from covo_npu.tools import check, check_all, check_ckpt, check_doctor, check_mel, check_repeat, check_stages, question
+from covo_npu.tools import (
+    check,
+    check_all,
+    check_ckpt,
+    check_doctor,
+    check_mel,
+    check_ops,
+    check_repeat,
+    check_stages,
+    question,
+)
 from covo_npu.tools.check_doctor import Probe
 from covo_npu.tools.check_result import Finding, Result, Subject, as_markdown, as_text, below, without_home
 
@@ -417,7 +428,22 @@ def test_no_checkpoint_at_all(tmp_path):
 # --- all, and the command line
 
 
-def test_all_makes_a_report_whatever_fails(convert_tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def quick_parts(monkeypatch):
+    """All parts but ops, which takes half a minute; what it adds to the report is tested by itself."""
+    monkeypatch.setattr(check_all, "PARTS", {name: needs for name, needs in check_all.PARTS.items() if name != "ops"})
+
+
+def test_ops_is_a_part_of_the_report(monkeypatch):
+    rows = [check_ops.Row("encoder", "aten::mm", "bfloat16", 3, check_ops.KERNEL, ""),
+            check_ops.Row("vocoder", "aten::fft", "float32", 1, check_ops.FALLS_BACK, "no kernel")]  # fmt: skip
+    monkeypatch.setattr(check_ops, "operators", lambda subject: rows)
+    monkeypatch.setattr(check_ops.work, "made_up", lambda device: SimpleNamespace(device="cpu"))
+    assert failed(check_ops.examine(Subject(None, None, "cpu"))) == ["vocoder"]
+    assert "ops" in check_all.PARTS
+
+
+def test_all_makes_a_report_whatever_fails(convert_tiny, tmp_path, monkeypatch, quick_parts):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = shutil.copytree(convert_tiny("float32"), tmp_path / "ckpt")
     os.truncate(folder / "encoder.safetensors", 4096)
@@ -455,7 +481,7 @@ def test_exit_codes(arguments, code, capsys):
         assert json.loads(said.out)["holds"] is True
 
 
-def test_all_on_the_command_line(tmp_path, capsys):
+def test_all_on_the_command_line(tmp_path, capsys, quick_parts):
     assert check.main(["all", "--device", "cpu", "--output", str(tmp_path / "report"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["holds"] is True
     assert "left out" in (tmp_path / "report" / "report.md").read_text()
