@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class Steps:
 # --- floors
 
 
-def read_rate(model: CovoAudio, num_layers: int = 8) -> float:
+def read_rate(model: CovoAudio, now: Callable[[], float], num_layers: int = 8) -> float:
     """Return the bytes that the device reads a second: the extreme of weights on the CPU, a copy of them elsewhere."""
     import torch
 
@@ -67,14 +67,30 @@ def read_rate(model: CovoAudio, num_layers: int = 8) -> float:
     size = sum(weight.nbytes for weight in weights)
     if model.device.type == "cpu":
         numbers = [weight.view(torch.int32) for weight in weights]
-        return measure.best(lambda: measure._rate(lambda: [x.amax() for x in numbers], size, "cpu"), 5)
+        return rate(lambda: [x.amax() for x in numbers], size, model, now)
     targets = [torch.empty_like(weight) for weight in weights]
+    return rate(lambda: [target.copy_(weight) for target, weight in zip(targets, weights)], 2 * size, model, now)
 
-    def copy() -> None:
-        for target, weight in zip(targets, weights):
-            target.copy_(weight)
 
-    return measure.best(lambda: measure._rate(copy, 2 * size, str(model.device)), 5)
+def matrix_rate(model: CovoAudio, now: Callable[[], float], size: int = 2048) -> float:
+    """Return the floating-point operations a second of a square matrix product in the model's dtype."""
+    import torch
+
+    left, right = (torch.randn(size, size, device=model.device).to(model.dtype) for _ in range(2))
+    return rate(lambda: left @ right, 2 * size**3, model, now)
+
+
+def rate(work: Callable[[], object], amount: int, model: CovoAudio, now: Callable[[], float]) -> float:
+    """Return the best of five rates."""
+
+    def once() -> float:
+        measure.synchronize(str(model.device))
+        started = now()
+        work()
+        measure.synchronize(str(model.device))
+        return amount / (now() - started)
+
+    return measure.best(once, 5)
 
 
 def step_bytes(model: CovoAudio, context: int, batch: int) -> int:
@@ -126,15 +142,16 @@ def answers(model: CovoAudio, stock: Stock, num_tokens: int) -> list[Answer]:
     def ours(path: str) -> list[int]:
         with Peak(str(model.device)) as peak:
             chat = model.session("a2t", Sampling(), num_tokens)
+            started = stock.now()
             question = chat.listen(samples, RATE)
-            moments = [time.perf_counter() for token in chat.tokens(question)]
+            moments = [stock.now() for token in chat.tokens(question)]
         step_s = measure.spread(between(moments)).median
-        add(path, len(question.input_ids), question.answered - question.started, step_s, question.tokens, peak)
+        add(path, len(question.input_ids), moments[0] - started, step_s, question.tokens, peak)
         return question.input_ids
 
     input_ids = ours(OURS)
     with Peak(str(model.device)) as peak:
-        started = time.perf_counter()
+        started = stock.now()
         clock = stock.answer(torch.from_numpy(samples), RATE, input_ids, num_tokens)
     ttft_s, step_s = clock.moments[0] - started, measure.spread(between(clock.moments)).median
     add(STOCK, len(input_ids), ttft_s, step_s, clock.tokens, peak)
@@ -163,7 +180,7 @@ def steps(model: CovoAudio, stock: Stock, context: int, batch: int, num_tokens: 
         tokens[OURS], moments = [], []
         for _ in range(num_tokens):
             tokens[OURS].append(decoder.step(batch).tokens()[0])
-            moments.append(time.perf_counter())
+            moments.append(stock.now())
         return moments
 
     def generate() -> list[float]:
@@ -303,6 +320,14 @@ def plot(found: Sequence[Steps], rate: float, title: str, path: Path) -> None:
     "--context", "contexts", multiple=True, type=click.IntRange(1), default=(512, 2048, 8000), show_default=True
 )
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 2, 4), show_default=True)
+@click.option(
+    "--layers", type=click.IntRange(1), help="Use only the first layers of the LLM: a machine in little time."
+)
+@click.option(
+    "--processor-time",
+    is_flag=True,
+    help="One thread, and its processor time for every time: for a machine that is busy.",
+)
 @click.option("--question/--no-question", default=True, show_default=True, help="Answer a question of 8 s too.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every figure and the machine here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Write a PNG chart here.")
@@ -316,6 +341,8 @@ def decode(
     runs: int,
     contexts: tuple[int, ...],
     batches: tuple[int, ...],
+    layers: int | None,
+    processor_time: bool,
     question: bool,
     json_path: str | None,
     plot_path: str | None,
@@ -324,6 +351,8 @@ def decode(
 
     Every --context is measured at the first --batch, every other --batch at the first --context.
     """
+    import torch
+
     from covo_npu.runtime import CovoAudio
     from covo_npu.tools.stock_decode import Stock
 
@@ -331,17 +360,26 @@ def decode(
     longest = max(contexts) + num_steps + 1
     model = CovoAudio.load(ckpt, device, dtype, speech=False, graph=graph, max_context=max(longest, 2048))
     model.weights.wait()
+    if layers:
+        _keep(model, layers)
     say(f"{model.report.backend}, {model.report.dtype}, {model.report.bytes / 1e9:.2f} GB")
     _touch(model)
-    stock = Stock(model)
-    rates = {"read before": read_rate(model), "matrix": measure.matrix_rate(model.dtype, str(model.device))}
+    now = time.perf_counter
+    if processor_time:
+        now = time.process_time
+        torch.set_num_threads(1)
+    stock = Stock(model, now)
+    rates = {"read before": read_rate(model, now), "matrix": matrix_rate(model, now)}
     answered = answers(model, stock, tokens) if question else []
+    for row in answered:
+        say(f"{row.path}: first token after {row.ttft_s:.2f} s, then {row.step_s * 1e3:.1f} ms")
     found: list[Steps] = []
     for context, batch in [(c, batches[0]) for c in contexts] + [(contexts[0], b) for b in batches[1:]]:
         say(f"context {context}, batch {batch}")
         found += steps(model, stock, context, batch, num_steps, runs)
-    rates["read after"] = read_rate(model)
-    rates["matrix"] = max(rates["matrix"], measure.matrix_rate(model.dtype, str(model.device)))
+        say("; ".join(f"{row.path} {row.step_s.median * 1e3:.1f} ms" for row in found[-2:]))
+    rates["read after"] = read_rate(model, now)
+    rates["matrix"] = max(rates["matrix"], matrix_rate(model, now))
     rates["read"] = max(rates["read before"], rates["read after"])
     machine = measure.machine_report(str(model.device))
     said = verdicts(answered, found, rates)
@@ -351,6 +389,8 @@ def decode(
     if answered:
         click.echo(question_table(answered, rates["matrix"]) + "\n")
     click.echo(steps_table(found, rates["read"]))
+    if processor_time:
+        said.append("all times are processor times of one thread")
     click.echo("\n".join(["", *said, measure.machine_line(machine)]))
     if json_path:
         measure.write_json(
@@ -358,7 +398,9 @@ def decode(
             {
                 "bench": "decode",
                 "machine": machine,
+                "time": "processor time, one thread" if processor_time else "wall time",
                 "dtype": model.report.dtype,
+                "layers": model.config.llm.num_layers,
                 "backend": model.report.backend,
                 "floors_per_s": rates,
                 "question": [asdict(row) for row in answered],
@@ -368,6 +410,15 @@ def decode(
         )
     if plot_path:
         plot(found, rates["read"], f"Decoding, {model.report.dtype}, {machine['device']}", Path(plot_path))
+
+
+def _keep(model: CovoAudio, num_layers: int) -> None:
+    """Cut the LLM down to its first layers."""
+    from covo_npu.runtime.layers import Stack
+
+    model.networks.llm.layers = Stack(list(model.networks.llm.layers)[:num_layers])
+    llm = replace(model.config.llm, num_layers=min(num_layers, model.config.llm.num_layers))
+    model.config = replace(model.config, llm=llm)
 
 
 def _touch(model: CovoAudio) -> None:

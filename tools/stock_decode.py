@@ -7,6 +7,7 @@ of the weights serves both. The two penalties are logit processors, as upstream 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class WindowPenalty(transformers.LogitsProcessor):
 class Clock(transformers.generation.streamers.BaseStreamer):
     """The moments at which ids arrived on the host, and the ids of the first sequence. The prompt is not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self.moments: list[float] = []
+        self._now = now
         self.tokens: list[int] = []
         self._is_prompt = True
 
@@ -41,7 +43,7 @@ class Clock(transformers.generation.streamers.BaseStreamer):
         if self._is_prompt:
             self._is_prompt = False
             return
-        self.moments.append(time.perf_counter())
+        self.moments.append(self._now())
         self.tokens.append(int(value.flatten()[0]))
 
     def end(self) -> None:
@@ -51,8 +53,8 @@ class Clock(transformers.generation.streamers.BaseStreamer):
 class Stock:
     """The stock networks of a loaded model."""
 
-    def __init__(self, model: CovoAudio) -> None:
-        self.model = model
+    def __init__(self, model: CovoAudio, now: Callable[[], float] = time.perf_counter) -> None:
+        self.model, self.now = model, now
         self.llm, self.encoder = _llm(model), _encoder(model)
 
     @torch.inference_mode()
@@ -80,7 +82,7 @@ class Stock:
         return self._generate(num_tokens, inputs=input_ids, past_key_values=cache)
 
     def _generate(self, num_tokens: int, **prompt: Any) -> Clock:
-        clock, sampling = Clock(), Sampling()
+        clock, sampling = Clock(self.now), Sampling()
         processors = transformers.LogitsProcessorList(
             [
                 transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
