@@ -14,6 +14,7 @@ CHECKS = {
     "repeat": "The same question twice: equal tokens, equal text, equal waveform.",
     "stages": "What every stage gives on one device, saved and compared on another.",
     "ops": "Every operator of every stage: what an Ascend NPU does with it.",
+    "speech": "What bfloat16 and fewer evaluations change in the speech, beside what threads change.",
     "ckpt": "A converted checkpoint: checksums, layout and, with --src, every tensor against its source.",
     "all": "All of these as one report, to attach to a bug report.",
 }
