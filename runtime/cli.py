@@ -114,6 +114,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     help="euler runs the network once a step: half the time, a little another sound.",
 )
 @click.option(
+    "--nz", is_flag=True, help="On an NPU: hold 16-bit weights in its format FRACTAL_NZ. Nobody has measured it yet."
+)
+@click.option(
     "--load",
     type=click.Choice(["mmap", "eager"]),
     default="mmap",
@@ -187,6 +190,7 @@ def _load(ckpt: Path, speaks: bool, options: dict[str, Any]) -> CovoAudio:
         token2wav_dtype=options["token2wav_dtype"],
         flow_steps=options["flow_steps"],
         flow_solver=options["flow_solver"],
+        nz=options["nz"],
         **limits,
     )
     if options["voice"]:

@@ -142,6 +142,7 @@ class CovoAudio:
         token2wav_dtype: str = "auto",
         flow_steps: int | None = None,
         flow_solver: str = "midpoint",
+        nz: bool = False,
     ) -> CovoAudio:
         """Return the model of the converted checkpoint in folder `path`, ready to answer.
 
@@ -150,13 +151,17 @@ class CovoAudio:
         max_context: tokens that a dialogue may hold; graph: auto, on or off, whether decode steps are captured;
         token2wav_dtype: of the matrix products of flow matching, auto is bfloat16 where the device is faster in it;
         flow_steps, flow_solver: how the ODE of speech is solved, midpoint or euler; by default the checkpoint's 9
-        steps, which with the midpoint rule are 18 evaluations of the network.
+        steps, which with the midpoint rule are 18 evaluations of the network; nz: on an NPU, hold 16-bit weights in its
+        private format FRACTAL_NZ.
         Raises CheckpointError, ConfigError or BackendError; ValueError if the ODE cannot be solved so.
         """
         start = time.perf_counter()
         torch_device = open_device(device)
         kernels = select(backend, torch_device)
         capture = device_capture(graph, torch_device)
+        cast_nz = getattr(kernels, "cast_weights_nz", None)
+        if nz and cast_nz is None:
+            raise BackendError(f"weights in the format NZ are for device npu, found {torch_device}: leave out --nz")
         manifest = read_manifest(path)
         torch_dtype = _dtype(dtype or manifest.dtype)
         speech_dtype = fast_dtype(torch_device) if token2wav_dtype == "auto" else _dtype(token2wav_dtype)
@@ -168,6 +173,8 @@ class CovoAudio:
             networks.token2wav.configure(speech_dtype, Flow(steps, flow_solver))
         weights = load_tensors(manifest, files, torch_device, mode=mode, check=check, pinned=pinned)
         fill(networks, weights.tensors, torch_dtype)
+        if nz and cast_nz:
+            cast_nz(networks)
         report = LoadReport(
             device=str(torch_device),
             backend=describe(kernels),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from covo_npu.kernels import npu
 from covo_npu.kernels.errors import BackendError
 from covo_npu.kernels.select import open_device
+from covo_npu.runtime import CovoAudio
 
 
 def test_float32_is_float32_and_kernels_are_ready_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +61,18 @@ def test_nz_allows_internal_formats_during_the_casts_only(monkeypatch: pytest.Mo
         assert npu.cast_weights_nz(module) == 1
     switch = "allow_internal_format"
     assert events == [(switch, True), ("cast", (16, 32), 29), (switch, False)]
+
+
+def test_nz_weights_say_the_same(convert_tiny: Callable[[str], Path]) -> None:
+    folder, question = convert_tiny("bfloat16"), torch.sin(torch.arange(24000) / 20).numpy()
+
+    def answer(nz: bool) -> list[int]:
+        model = CovoAudio.load(folder, device="npu:0", speech=False, nz=nz)
+        return model.session("a2t", max_new_tokens=6).say(question, 24000).tokens
+
+    assert answer(nz=True) == answer(nz=False)
+    with pytest.raises(BackendError, match="NZ are for device npu, found cpu"):
+        CovoAudio.load(folder, device="cpu", nz=True)
 
 
 def test_convolutions_over_the_limit_say_so() -> None:
