@@ -1,0 +1,70 @@
+"""covo-bench decode on the tiny checkpoint: both paths answer alike, and the figures add up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+from covo_npu.runtime import CovoAudio
+from covo_npu.tools import bench_decode
+from covo_npu.tools.stock_decode import Stock, prefill_operations
+
+
+@pytest.fixture(scope="module")
+def model(convert_tiny: Callable[[str], Path]) -> CovoAudio:
+    return CovoAudio.load(convert_tiny("float32"), device="cpu", dtype="float32", speech=False, max_context=1024)
+
+
+def test_both_paths_read_the_same_memory(model: CovoAudio) -> None:
+    stock = Stock(model)
+    ours = {tensor.untyped_storage().data_ptr() for tensor in model.weights.tensors.values()}
+    for network in (stock.llm, stock.encoder):
+        assert {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()} <= ours
+
+
+def test_both_paths_choose_the_same_tokens(model: CovoAudio) -> None:
+    stock = Stock(model)
+    ours, generate, second = bench_decode.answers(model, stock, 12)
+    assert ours.tokens == generate.tokens == second.tokens and len(ours.tokens) == 12
+    for batch in (1, 3):
+        ours, generate = bench_decode.steps(model, stock, 100, batch, 6, 1)
+        assert ours.tokens == generate.tokens and len(ours.tokens) == 6
+
+
+def test_the_bytes_of_a_step(model: CovoAudio) -> None:
+    config = model.config.llm
+    weights = sum(p.nbytes for p in model.networks.llm.parameters()) - config.vocab_size * config.hidden_size * 4
+    row = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+    assert bench_decode.step_bytes(model, 100, 3) == weights + 300 * row
+
+
+def test_the_operations_of_a_prefill(convert_tiny: Callable[[str], Path]) -> None:
+    """Against PyTorch's counter over the reference kernels, whose matrix products it all knows.
+
+    The reference computes causal attention whole, the count takes half; the networks skip most of the last layer.
+    """
+    model = CovoAudio.load(convert_tiny("float32"), device="cpu", speech=False, backend="reference")
+    networks, length = model.networks, 200
+    decoder = model.decoder(model.generation.sampling)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+        networks.adapter(networks.encoder(torch.zeros(1, model.config.encoder.num_mels, 3000)))
+        networks.llm.prefill(networks.llm.embed(torch.zeros(length, dtype=torch.int64)), decoder.cache, 0, 0)
+    assert 0.95 < prefill_operations(model.config, length) / counted.get_total_flops() < 1.1
+
+
+def test_the_command_writes_what_it_shows(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ["--ckpt", str(convert_tiny("float32")), "--tokens", "4", "--steps", "4", "--runs", "1", "--layers", "2"]
+    rows = ["--context", "20", "--context", "40", "--batch", "1", "--batch", "2"]
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    found = CliRunner().invoke(bench_decode.decode, [*options, *rows, *files], catch_exceptions=False)
+    assert found.exit_code == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["context"], row["batch"]) for row in report["steps"][::2]] == [(20, 1), (40, 1), (20, 2)]
+    assert all(line in found.stdout for line in report["said"])
+    assert report["layers"] == 2 and (tmp_path / "a.png").stat().st_size > 1000
