@@ -14,11 +14,14 @@ from torch.nn import functional as F
 from covo_npu.convert.transforms import mel_filters
 from covo_npu.kernels.select import open_device
 from covo_npu.runtime import audio
+from covo_npu.runtime.checkpoint import ENCODER, read_manifest
+from covo_npu.runtime.loader import load_tensors
 from covo_npu.tools.check_result import (
     Finding,
     Result,
     Subject,
     below,
+    ckpt_option,
     device_option,
     json_option,
     show,
@@ -70,14 +73,19 @@ def exact_log_mel(samples: Tensor, filters: Tensor) -> Tensor:
     return (torch.maximum(mel, mel.max() - 8) + 4) / 4
 
 
-def compare(samples: Tensor, rate: int, subject: str, device: torch.device) -> Result:
+def filters_of(ckpt: Path) -> Tensor:
+    """Return the mel filter bank of a checkpoint. Raises CheckpointError."""
+    with load_tensors(read_manifest(ckpt), [ENCODER], torch.device("cpu"), mode="eager") as weights:
+        return weights.tensors["frontend.mel_filters"]
+
+
+def compare(samples: Tensor, rate: int, filters: Tensor, subject: str, device: torch.device) -> Result:
     """Return the findings for one recording. On the CPU alone float32 is held against float64.
 
     Bounds: the document's figures. Where float32 itself is coarser than they are (recordings with bins that lie 80 dB
     under the loudest), FLOAT32_FACTOR times the error of another float32 computation: the CPU's for a device, the one
     by matrix products for the CPU.
     """
-    filters = mel_filters(NUM_MELS)
     segments = [audio.to_encoder_rate(piece) for piece in audio.segments(audio.prepare(samples, rate))]
     host = torch.stack([audio.log_mel(segment, filters) for segment in segments])
     exact = torch.stack([exact_log_mel(segment, filters) for segment in segments])
@@ -109,9 +117,10 @@ def compare(samples: Tensor, rate: int, subject: str, device: torch.device) -> R
 
 
 def examine(subject: Subject) -> Result:
-    """Return the findings for a subject; needs no checkpoint."""
+    """Return the findings for a subject. Without a checkpoint the filter bank is computed as conversion does."""
     samples, rate, label = read_question(subject.wav)
-    return compare(samples, rate, label, open_device(subject.device))
+    filters = filters_of(subject.ckpt) if subject.ckpt else mel_filters(NUM_MELS)
+    return compare(samples, rate, filters, label, open_device(subject.device))
 
 
 def _bounded(name: str, found: float, document: float, float32: float) -> Finding:
@@ -124,12 +133,13 @@ def _bounded(name: str, found: float, document: float, float32: float) -> Findin
 
 @click.command("mel")
 @wav_argument
+@ckpt_option(required=False)
 @device_option
 @json_option
 @verbose_option
-def command(wav: Path | None, device: str, as_json: bool, **options: Any) -> int:
+def command(wav: Path | None, ckpt: Path | None, device: str, as_json: bool, **options: Any) -> int:
     """Compare the mel features of a device with those of the CPU. Needs no checkpoint.
 
     Without WAV a question is made up. covo-run computes these features on the host in any case.
     """
-    return show(examine(Subject(None, wav, device)), as_json)
+    return show(examine(Subject(ckpt, wav, device)), as_json)

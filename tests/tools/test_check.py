@@ -73,6 +73,12 @@ def test_mel_holds_on_the_cpu_by_the_documents_own_figures():
     assert sum(finding.source == check_mel.DOCUMENT for finding in result.findings) >= 3
 
 
+def test_mel_with_the_filters_of_a_checkpoint(convert_tiny):
+    for dtype in ("float32", "bfloat16"):  # the front end is float32 in both
+        assert torch.equal(check_mel.filters_of(convert_tiny(dtype)), check_mel.mel_filters(128))
+    assert check_mel.examine(Subject(convert_tiny("bfloat16"), None, "cpu")).holds
+
+
 def test_the_exact_mel_is_the_golden_one(golden):
     arrays = golden("frontend_question_en_48k_24bit")
     exact = check_mel.exact_log_mel(torch.from_numpy(arrays["wav16k"][: int(arrays["wav16k"].shape[-1])]).flatten(),
