@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from covo_npu.kernels.errors import CovoError
 
@@ -95,6 +94,8 @@ def progress(total: int, unit: str, description: str, enabled: bool = True) -> A
 
     unit: "B" counts bytes and is shown in powers of 1000.
     """
+    from tqdm import tqdm  # here, so that covo-check doctor can say that it is missing
+
     return tqdm(
         total=total,
         unit=unit,

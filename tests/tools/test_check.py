@@ -224,6 +224,17 @@ def test_doctor_asked_for_a_device_that_is_not_there():
     assert {"CUDA", "covo-run --device cuda"} <= set(failed(result))
 
 
+@pytest.mark.parametrize("missing", ["tqdm", "xxhash", "torch"])
+def test_doctor_runs_without_a_package(tmp_path, missing):
+    """The command itself, on a machine where importing the package fails."""
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([COVO_CHECK, "doctor", "--ckpt", tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    assert f"No module named '{missing}'" in done.stdout
+    assert "covo-run --device cpu   will not run" in done.stdout
+
+
 def test_doctor_with_a_broken_package():
     result = doctor(packages=Probe({"tokenizers": "! ImportError: bad ELF"}))
     assert {"tokenizers", "covo-run --device cpu"} <= set(failed(result))
