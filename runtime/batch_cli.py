@@ -49,7 +49,7 @@ def read_dialogues(path: Path) -> list[Dialogue]:
     dialogues: dict[str, Dialogue] = {}
     faults = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # not splitlines(): a text may hold U+2028 and its like
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{path}: cannot be read as text ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -59,7 +59,7 @@ def read_dialogues(path: Path) -> list[Dialogue]:
             name, audio = _entry(json.loads(line))
             if name in dialogues:
                 raise ValueError(f"id {name!r} stands there before")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
         else:
             dialogues[name] = Dialogue(name, tuple(path.parent / file for file in audio))

@@ -35,6 +35,7 @@ from covo_npu.convert.plan import make_plan
 from covo_npu.convert.source import open_source
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import CovoAudio, audio, checkpoint
+from covo_npu.runtime.batch_cli import read_dialogues
 from covo_npu.runtime.tokenizer import Tokenizer
 from covo_npu.tools import check_stages
 
@@ -259,8 +260,29 @@ def stages(folder: Path, source: Path, ckpt: Path) -> Case:
     return case
 
 
+def batches(folder: Path, source: Path, ckpt: Path) -> Case:
+    """Files of dialogues for `covo-run --batch`."""
+    rows = [{"id": f"d{i}", "audio": ["a.wav", "b.wav"] if i % 2 else "a.wav"} for i in range(4)]
+    original = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+    def case(rng: random.Random) -> bytes:
+        if rng.random() < 0.4:
+            data = mutated(rng, original)
+        elif rng.random() < 0.05:
+            data = original + b"[" * 200_000
+        else:
+            changed = mutated_json(rng, rows)
+            data = b"".join(json.dumps(row).encode() + b"\n" for row in changed)
+        _replace(folder / "dialogues.jsonl", data)
+        for dialogue in read_dialogues(folder / "dialogues.jsonl"):
+            assert dialogue.name
+        return data
+
+    return case
+
+
 TARGETS = {"audio": audio_files, "manifest": manifests, "header": headers, "tokenizer": tokenizers, "source": sources,
-           "stages": stages}  # fmt: skip
+           "stages": stages, "batch": batches}  # fmt: skip
 
 
 # --- the working folder

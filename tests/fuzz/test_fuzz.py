@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-SECONDS = {"audio": 5, "tokenizer": 4, "stages": 2, "header": 6, "source": 8, "manifest": 8}
+SECONDS = {"audio": 5, "tokenizer": 4, "stages": 2, "batch": 2, "header": 6, "source": 8, "manifest": 8}
 FEWEST_CASES = 8  # even on a slow machine
 
 
