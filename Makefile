@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 QUESTION := tests/data/audio/question_en_48k_24bit.wav
 
-.PHONY: demo test test-npu lint format clean
+.PHONY: demo test test-npu fuzz mutants lint format clean
 
 demo: $(READY)
 	@rm -rf demo
@@ -30,8 +30,24 @@ demo: $(READY)
 	echo
 	echo "The reply is in demo/replies/01-$(notdir $(QUESTION)). The weights are random: expect noise."
 
+# Lines of convert/, runtime/ and kernels/ that the tests run; it fails below the share in pyproject.toml.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+# Mutated files for FUZZ_SECONDS each, with another SEED other ones; what fails is kept in build/fuzz.
+FUZZ_SECONDS ?= 300
+SEED ?= 0
+fuzz: $(READY)
+	mkdir -p build/fuzz
+	test -d build/fuzz/ckpt || $(BIN)/covo-convert --src tests/data/covo-tiny --dst build/fuzz/ckpt --dtype float32
+	for target in audio tokenizer stages batch header source manifest; do
+		$(BIN)/python tests/fuzz/fuzz.py $$target --source tests/data/covo-tiny --ckpt build/fuzz/ckpt \
+			--seconds $(FUZZ_SECONDS) --seed $(SEED) --keep build/fuzz/kept 2>build/fuzz/$$target.log
+	done
+
+# Wrong programs that the tests must refuse. `make test` runs them too.
+mutants: $(READY)
+	$(BIN)/python tests/mutants/mutants.py
 
 test-npu: $(READY)
 	tests/npu/run.sh
