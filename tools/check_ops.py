@@ -36,7 +36,7 @@ FUSED, KERNEL, COMPOSED, FALLS_BACK, REFUSED = "fused", "kernel", "composed", "f
 FAULTS = (FALLS_BACK, REFUSED)
 
 # PyTorch composes an operator of others where a backend has no kernel of its own
-COMPOSITE_KEYS = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+COMPOSITE_KEYS = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
 
 # function of the contract: the operators that kernels/npu.py makes of it in 16 bit and in float32, with their dtype
 # where it is another. A test compares them with what runs on the emulated device.
@@ -140,15 +140,18 @@ def _has_kernel(operator: str, on_npu: bool) -> bool:
     """Return whether torch_npu has a kernel: asked of this one, or looked up for 2.13.0."""
     if not on_npu:
         return operator in _npu_operators()
-    packet = getattr(torch.ops.aten, operator.removeprefix("aten::"))
-    names = [operator if overload == "default" else f"{operator}.{overload}" for overload in packet.overloads()]
-    return any(_dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1") for name in names)
+    return any(_dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1") for name in _overloads(operator))
 
 
 def _is_composed(operator: str) -> bool:
-    packet = getattr(torch.ops.aten, operator.removeprefix("aten::"))
-    names = [operator if overload == "default" else f"{operator}.{overload}" for overload in packet.overloads()]
+    # Variants with `out` are composed of those without, so they say nothing of these.
+    names = [name for name in _overloads(operator) if "out" not in name.partition(".")[2]]
     return any(_dispatch_has_kernel_for_dispatch_key(name, key) for name in names for key in COMPOSITE_KEYS)
+
+
+def _overloads(operator: str) -> list[str]:
+    packet = getattr(torch.ops.aten, operator.removeprefix("aten::"))
+    return [operator if overload == "default" else f"{operator}.{overload}" for overload in packet.overloads()]
 
 
 def forecast_kernels(subject: work.Subject, recorder: Recorder) -> None:
