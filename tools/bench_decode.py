@@ -358,8 +358,7 @@ def decode(
 
     say: Callable[[str], None] = lambda text: click.echo(text, err=True)  # noqa: E731
     longest = max(contexts) + num_steps + 1
-    model = CovoAudio.load(ckpt, device, dtype, speech=False, graph=graph, max_context=max(longest, 2048))
-    model.weights.wait()
+    model = CovoAudio.load(ckpt, device, dtype, speech=False, check=False, graph=graph, max_context=max(longest, 2048))
     if layers:
         _keep(model, layers)
     say(f"{model.report.backend}, {model.report.dtype}, {model.report.bytes / 1e9:.2f} GB")
