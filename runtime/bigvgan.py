@@ -22,7 +22,7 @@ FILTER_TAPS = 12
 
 # Frames of a piece by device. On the CPU the activations of a piece stay in the caches; a device wants few launches,
 # and the convolutions of an NPU take at most 1,000,000 samples.
-PIECE_FRAMES = {"cpu": 64}
+PIECE_FRAMES = {"cpu": 128}
 PIECE_FRAMES_OF_A_DEVICE = 1024
 
 

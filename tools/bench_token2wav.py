@@ -2,11 +2,13 @@
 
 Flow matching is timed by the evaluation of its network: `--evaluations` of them a turn, the time of all 18 (or what the
 solver makes) extrapolated, since each costs the same; `--whole` runs them all. The vocoder always runs whole.
+
+On a machine that others use, `--processor-time` computes with one thread and counts the time that this process ran:
+ratios and fractions of the matrix rate then say what they would on an idle one.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,13 +33,14 @@ HOP, SAMPLE_RATE = 240, 24000
 STOCK, OURS, OURS_HALF = "stock float32", "ours float32", "ours bfloat16"
 FLOW, VOCODER = "flow matching", "vocoder"
 
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one turn of one stage took. processor_s: of all threads, so it grows less than wall_s on a busy machine."""
+    """What one turn of one stage took."""
 
-    wall_s: float
-    processor_s: float
+    seconds: float
     peak_bytes: int  # above what was allocated before
 
 
@@ -49,11 +52,10 @@ class Row:
     stage: str
     codes: int
     frames: int  # that the stage works on: prompt and reply, or the reply
-    wall_s: float  # for the whole stage: the median turn, extrapolated to all evaluations
-    processor_s: float
+    seconds: float  # for the whole stage: the median turn, extrapolated to all evaluations
     flops: float  # of the products alone
-    rate_fraction: float  # of the measured matrix rate of the dtype, by wall time
-    rtf: float  # wall seconds a second of speech
+    rate_fraction: float  # of the measured matrix rate of the dtype
+    rtf: float  # seconds a second of speech
     peak_bytes: int
 
 
@@ -134,37 +136,42 @@ def evaluate(networks: Token2Wav, codes: Tensor, noise: Tensor, evaluations: int
     return noise
 
 
-def timed(work: Callable[[], object], device: str) -> Turn:
+def timed(work: Callable[[], object], device: str, clock: Clock) -> Turn:
     """Return what one call took."""
     kind = torch.device(device).type
     memory = getattr(torch, kind) if kind != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats()
         before = memory.memory_allocated()
-    measure.synchronize(device)
     with measure.PeakMemory() as start:
         pass
+    measure.synchronize(device)
     with measure.PeakMemory() as sampled:
-        begin, processor = time.perf_counter(), _processor_s()
+        begin = clock()
         work()
         measure.synchronize(device)
-        wall, used = time.perf_counter() - begin, _processor_s() - processor
+        seconds = clock() - begin
     peak = memory.max_memory_allocated() - before if memory else sampled.anonymous - start.anonymous
-    return Turn(wall, used, max(0, peak))
+    return Turn(seconds, max(0, peak))
 
 
-def _processor_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def matrix_rates(device: str, clock: Clock, size: int = 2048) -> dict[str, float]:
+    """Return the operations a second of a square matrix product in each dtype."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = min(timed(partial(torch.matmul, left, right), device, clock).seconds for _ in range(5))
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+    return rates
 
 
-def measured(bench: Bench, codes: int, runs: int, rates: dict[str, float], device: str) -> list[Row]:
+def measured(bench: Bench, codes: int, runs: int, rates: dict[str, float], device: str, clock: Clock) -> list[Row]:
     """Return the rows of one length; the first turn of each path warms up and does not count."""
     turns = bench.turns(codes)
     for work in turns.values():
         work()
     found: dict[Any, list[Turn]] = measure.interleaved(
-        {key: partial(timed, work, device) for key, work in turns.items()},  # type: ignore[misc]
+        {key: partial(timed, work, device, clock) for key, work in turns.items()},  # type: ignore[misc]
         runs,
     )
     rows = []
@@ -177,12 +184,11 @@ def measured(bench: Bench, codes: int, runs: int, rates: dict[str, float], devic
     }
     for (path, stage), taken in found.items():
         factor = evaluations / bench.evaluations if stage == FLOW else 1.0
-        wall = measure.spread(turn.wall_s for turn in taken).median * factor
-        processor = measure.spread(turn.processor_s for turn in taken).median * factor
-        rate = flops[stage] / wall / rates[path.split()[-1]]
+        seconds = measure.spread(turn.seconds for turn in taken).median * factor
+        rate = flops[stage] / seconds / rates[path.split()[-1]]
         speech_s = reply_frames * HOP / SAMPLE_RATE
         peak = max(turn.peak_bytes for turn in taken)
-        row = Row(path, stage, codes, frames[stage], wall, processor, flops[stage], rate, wall / speech_s, peak)
+        row = Row(path, stage, codes, frames[stage], seconds, flops[stage], rate, seconds / speech_s, peak)
         rows.append(row)
     return rows
 
@@ -196,15 +202,16 @@ def rows_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: (row.codes, row.stage, row.path != STOCK, row.path)):
         beside = stock[row.stage, row.codes]
-        lines.append(
-            (
-                str(row.codes), row.stage, row.path, f"{row.wall_s:.2f}", f"{row.wall_s / beside.wall_s:.2f}",
-                f"{row.processor_s:.2f}", f"{row.processor_s / beside.processor_s:.2f}", f"{row.rtf:.2f}",
-                f"{row.flops / row.wall_s / 1e12:.3f}", f"{100 * row.rate_fraction:.0f} %",
-                f"{row.peak_bytes / 1e6:.0f}",
-            )
-        )  # fmt: skip
-    columns = ("codes", "stage", "path", "s", "ratio", "processor s", "ratio", "RTF", "TFLOP/s", "of matrix rate", "MB")
+        figures = (
+            f"{row.seconds:.2f}",
+            f"{row.seconds / beside.seconds:.2f}",
+            f"{row.rtf:.2f}",
+            f"{row.flops / row.seconds / 1e12:.3f}",
+            f"{100 * row.rate_fraction:.0f} %",
+            f"{row.peak_bytes / 1e6:.0f}",
+        )
+        lines.append((str(row.codes), row.stage, row.path, *figures))
+    columns = ("codes", "stage", "path", "s", "ratio", "RTF", "TFLOP/s", "of matrix rate", "MB")
     return measure.table(columns, lines)
 
 
@@ -221,7 +228,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         for label, colour in colours.items():
             line = sorted((r for r in rows if r.path == label and r.stage == stage), key=lambda r: r.codes)
             if line:
-                axes.plot([r.codes for r in line], [r.wall_s for r in line], "o-", color=colour, label=label)
+                axes.plot([r.codes for r in line], [r.seconds for r in line], "o-", color=colour, label=label)
         axes.set_title(stage, size=10)
         axes.set_xlabel("audio codes of the reply (25 a second)")
         axes.set_ylabel("seconds")
@@ -257,6 +264,10 @@ def from_checkpoint(folder: Path, kernels: Kernels, device: torch.device) -> Tok
 @click.option("--runs", default=2, show_default=True, type=click.IntRange(1), help="Turns of every path.")
 @click.option("--evaluations", default=2, show_default=True, type=click.IntRange(2), help="A turn; an even number.")
 @click.option("--whole", is_flag=True, help="All evaluations of a reply instead.")
+@click.option("--layers", type=click.IntRange(1), help="Of the transformer of random networks. Default: all 12.")
+@click.option(
+    "--processor-time", is_flag=True, help="One thread; count the time that this process ran, not the wall's."
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every figure and the machine here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Write a PNG chart here.")
 def token2wav(
@@ -266,25 +277,31 @@ def token2wav(
     runs: int,
     evaluations: int,
     whole: bool,
+    layers: int | None,
+    processor_time: bool,
     json_path: str | None,
     plot_path: str | None,
 ) -> None:
     """Codes to a waveform, against a straightforward implementation on the same weights in one process."""
     torch_device = open_device(device)
     kernels = select(None, torch_device)
+    clock = time.process_time if processor_time else time.perf_counter
+    if processor_time:
+        torch.set_num_threads(1)
     with torch.inference_mode():
         if ckpt is None:
-            networks = random_token2wav(FULL, kernels).to(torch_device)
+            sizes = replace(FULL, dit=replace(FULL.dit, num_layers=layers or FULL.dit.num_layers))
+            networks = random_token2wav(sizes, kernels).to(torch_device)
         else:
             networks = from_checkpoint(ckpt, kernels, torch_device)
         counted = Flow(networks.config.flow.time_points - 1).evaluations if whole else evaluations // 2 * 2
         bench = Bench(networks, kernels, torch_device, counted)
-        rates = _rates(device)
+        rates = matrix_rates(device, clock)
         found = []
         for count in codes:
             click.echo(f"{count} codes", err=True)
-            found += measured(bench, count, runs, rates, device)
-        after = _rates(device)
+            found += measured(bench, count, runs, rates, device, clock)
+        after = matrix_rates(device, clock)
     # The machine may have been slower before or after: the fraction is of the best that was seen.
     best = {name: max(rates[name], after[name]) for name in rates}
     found = [replace(row, rate_fraction=row.rate_fraction * rates[_dtype(row)] / best[_dtype(row)]) for row in found]
@@ -292,7 +309,8 @@ def token2wav(
     said = [
         f"matrix rate: {', '.join(f'{name} {rate / 1e12:.3f} TFLOP/s' for name, rate in best.items())}",
         f"flow matching: {counted} evaluations a turn, the time of all extrapolated; {runs} turns, median",
-        f"backend {describe(kernels)}, {torch.get_num_threads()} threads",
+        f"backend {describe(kernels)}, {torch.get_num_threads()} threads, "
+        f"{networks.config.dit.num_layers} layers, {'processor' if processor_time else 'wall'} time",
     ]
     click.echo(rows_table(found))
     click.echo("\n".join(["", *said, measure.machine_line(machine)]))
@@ -310,7 +328,3 @@ def token2wav(
 
 def _dtype(row: Row) -> str:
     return row.path.split()[-1]
-
-
-def _rates(device: str) -> dict[str, float]:
-    return {name: measure.matrix_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")}
