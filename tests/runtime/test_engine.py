@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runtime.tape import Tape
 
-from covo_npu.runtime import CovoAudio, Sampling, batch_cli
+from covo_npu.runtime import CovoAudio, Sampling, batch_cli, cli
 from covo_npu.runtime.decode import Decoder
 from covo_npu.runtime.engine import Answer, Dialogue, Engine
 
@@ -228,3 +228,21 @@ def test_two_processes_do_not_write_the_same_results(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(batch_cli.BatchError, match="another process"), batch_cli.results_file(tmp_path):
             pass
+
+
+def test_the_command_line(
+    convert_tiny: Callable[[str], Path], batch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--ckpt", str(convert_tiny("float32")), "--device", "cpu", "--mode", "a2t", "--max-new-tokens", "4"]
+    output = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "report.json")]
+    assert cli.main([*common, *output, "--batch", str(batch), "--max-batch", "2"]) == 1  # one file is missing
+    shown = capsys.readouterr()
+    assert "gone" in shown.err and "4 dialogues: " in shown.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["totals"]["dialogues"], report["totals"]["failed"], len(report["errors"])) == (4, 1, 1)
+    assert len(lines(tmp_path / "out")) == 4
+    assert cli.main([*common, *output, "--batch", str(batch)]) == 0
+    assert "4 answered before" in capsys.readouterr().out
+    assert cli.main([*common, "--batch", str(batch), str(ENGLISH)]) == 2
+    assert cli.main([*common, "--graph", "on", str(ENGLISH)]) == 1
+    assert "no graphs to capture" in capsys.readouterr().err
