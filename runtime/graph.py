@@ -18,7 +18,7 @@ Work = Callable[[], None]
 Capture = Callable[[Work], Work]  # from work to a function that repeats it on the same tensors
 
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}  # device: class of its graphs in torch.<device>
-CONFIRMED = ("cuda",)  # devices whose graphs `auto` uses; NPU joins when it has been confirmed on hardware
+CONFIRMED: tuple[str, ...] = ()  # devices whose graphs `auto` uses: those on which it has been seen to work
 
 
 @dataclass(slots=True)

@@ -126,6 +126,7 @@ def test_the_bound_of_a_captured_step_covers_every_length() -> None:
 
 def test_graphs_are_refused_where_there_are_none() -> None:
     assert device_capture("auto", torch.device("cpu")) is None
+    assert device_capture("auto", torch.device("cuda")) is None  # until a device has confirmed graphs
     assert device_capture("off", torch.device("cuda")) is None
     with pytest.raises(BackendError, match="device cpu has no graphs to capture"):
         device_capture("on", torch.device("cpu"))
