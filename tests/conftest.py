@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 
 DATA = Path(__file__).parent / "data"
+
+# A shell starts background jobs with SIGINT ignored, and their children inherit that: those that tests interrupt too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
