@@ -108,7 +108,9 @@ def test_captured_steps_give_the_same_ids(fresh: CovoAudio, sampling: Sampling) 
     fresh.capture = tape = Tape()
     assert answers(fresh, questions, sampling=sampling, max_new_tokens=300, seed=3) == expected
     steps = sum(len(tokens) - 1 for tokens in expected)
-    assert tape.replays == steps > 0
+    # Where steps run ahead, a reply that its stop token ends has had one more enqueued.
+    ahead = sum(len(tokens) < 300 for tokens in expected) if fresh.device.type != "cpu" else 0
+    assert tape.replays == steps + ahead > 0
     assert 1 <= tape.captures <= 3  # bounds of 1024 and 2048 rows, one slot
 
 
