@@ -470,7 +470,7 @@ def test_all_makes_a_report_whatever_fails(convert_tiny, tmp_path, monkeypatch, 
     assert report["holds"] is False
     assert [(r["check"], r["holds"]) for r in report["results"]][:3] == [
         ("doctor", False),
-        ("mel", True),
+        ("mel", False),  # its filter bank lies in the damaged file
         ("ckpt", False),
     ]
     assert {r["check"] for r in report["results"]} == set(check_all.PARTS)
