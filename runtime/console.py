@@ -37,10 +37,8 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
     """
     arguments = sys.argv[1:] if argv is None else argv
     verbose = bool(VERBOSE & set(arguments))
-    if verbose:
-        _log_to_stderr(prog)
     try:
-        with _termination_raises():
+        with _termination_raises(), _stages_logged(prog, verbose):
             result = command.main(args=list(arguments), prog_name=prog, standalone_mode=False)
             sys.stdout.flush()
             return result if isinstance(result, int) else OK
@@ -124,14 +122,24 @@ def _termination_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _log_to_stderr(prog: str) -> None:
-    """Log this project's stages, not other libraries', with the seconds since Python's start; never what was said."""
+@contextlib.contextmanager
+def _stages_logged(prog: str, verbose: bool) -> Iterator[None]:
+    """If verbose, log this project's stages to stderr, not other libraries', with the seconds since Python's start."""
+    if not verbose:
+        yield
+        return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{prog}: {{relative:9.3f}} s  {{name}}: {{message}}", style="{"))
     handler.addFilter(_with_seconds)
     logger = logging.getLogger("covo_npu")
-    logger.handlers[:] = [handler]
+    level = logger.level
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _with_seconds(record: logging.LogRecord) -> bool:

@@ -55,18 +55,19 @@ def killed(source: Path, folder: Path, *options: str | Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("options", "points", "none"),
-    [(["--times", "16"], 16, 3), (["--steps", "--text-only"], 16, 12)],
+    ("options", "points", "none", "then_new"),
+    # What random times meet depends on the machine; the steps are the same everywhere and meet every state.
+    [(["--times", "16"], 16, 1, 0), (["--steps", "--text-only"], 16, 12, 2)],
     ids=["times", "steps"],
 )
 def test_kill_9_at_any_moment_leaves_all_or_nothing(
-    options: list[str], points: int, none: int, tiny_source: Path, tmp_path: Path
+    options: list[str], points: int, none: int, then_new: int, tiny_source: Path, tmp_path: Path
 ):
     report = killed(tiny_source, tmp_path / "parent", *options)
     assert report["points"] >= points and report["killed"] >= points // 4, report
     states = Counter(report["states"])
     assert set(states) <= {"none", "new", "then new"}, states
-    assert states["none"] >= none and states["then new"] >= 2, states
+    assert states["none"] >= none and states["then new"] >= then_new, states
 
 
 @pytest.mark.parametrize("renames", [[], ["--two-renames"]], ids=["exchange", "two renames"])
