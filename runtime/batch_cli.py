@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -149,29 +149,11 @@ def run(engine: Engine, source: Path, folder: Path, on_answer: Callable[[Answer]
 
 def result(answer: Answer, folder: Path) -> dict[str, Any]:
     """Return the JSON object of an answer, after writing the WAV files of its replies into the folder."""
-    import torch
-
-    from covo_npu.runtime.audio import write_wav
+    from covo_npu.runtime.record import round_record, write_speech
 
     rounds = []
     for number, (question, reply) in enumerate(zip(answer.dialogue.questions, answer.replies), 1):
-        wav = None
-        if reply.waveform.size:
-            wav = (
-                f"{quote(answer.dialogue.name, safe='')}-{number:02d}.wav"  # any id is a file name, and no two the same
-            )
-            write_wav(str(folder / wav), torch.from_numpy(reply.waveform), reply.sample_rate)
-        rounds.append(
-            {
-                "input": str(question),
-                "prompt_tokens": reply.prompt_tokens,
-                "tokens": reply.tokens,
-                "text": reply.text,
-                "audio_codes": reply.audio_codes,
-                "stop_reason": reply.stop_reason,
-                "wav": wav,
-                "timing": asdict(reply.timing),
-            }
-        )
+        wav = f"{quote(answer.dialogue.name, safe='')}-{number:02d}.wav"  # any id is a file name, and no two the same
+        rounds.append(round_record(str(question), reply, wav if write_speech(reply, folder / wav) else None))
     line = {"id": answer.dialogue.name, "rounds": rounds}
     return line if answer.error is None else {**line, "error": str(answer.error)}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from covo_npu.runtime import console
-from covo_npu.runtime.audio import AudioError, write_wav
+from covo_npu.runtime.audio import AudioError
 from covo_npu.runtime.console import Screen
+from covo_npu.runtime.record import round_record, write_speech
 from covo_npu.runtime.session import ContextError, Reply, Session
 
 PROMPT = "audio file> "
@@ -66,23 +66,9 @@ def _round(session: Session, question: str, output: Path, screen: Screen) -> dic
     with _Speech(enabled=not screen.quiet) as speech:
         reply = session.say(question, on_text=screen.text if screen.live else None, on_progress=speech)
     screen.line("" if screen.live else reply.text)
-    wav = None
-    if reply.waveform.size:
-        wav = str(output / name)
-        write_wav(wav, reply.waveform, reply.sample_rate)
+    wav = str(output / name) if write_speech(reply, output / name) else None
     screen.line(_round_line(reply, wav))
-    return {
-        "input": question,
-        "prompt_tokens": reply.prompt_tokens,
-        "placeholders": reply.placeholders,
-        "tokens": reply.tokens,
-        "text": reply.text,
-        "audio_codes": reply.audio_codes,
-        "stop_reason": reply.stop_reason,
-        "wav": wav,
-        "samples": int(reply.waveform.size),
-        "timing": dataclasses.asdict(reply.timing),
-    }
+    return round_record(question, reply, wav)
 
 
 def _round_line(reply: Reply, wav: str | None) -> str:

@@ -83,12 +83,8 @@ class DiT(nn.Module):
         self.token_proj = Linear(kernels, config.code_dim, size)
         factor = config.upsample_factor
         self.token_upsample = ConvTranspose1d(kernels, size, size, 2 * factor, stride=factor, padding=factor // 2)
-        self.time_mlp = nn.ModuleDict(
-            {
-                "0": Linear(kernels, config.time_dim, size),
-                "2": Linear(kernels, size, size),
-            }  # SiLU between, as in the source
-        )
+        # numbered as in a sequence whose second member is the SiLU
+        self.time_mlp = nn.ModuleDict({"0": Linear(kernels, config.time_dim, size), "2": Linear(kernels, size, size)})
         self.cond_proj = Linear(kernels, size + config.speaker_dim, size)
         self.input_proj = Linear(kernels, size + 2 * config.latent_dim, size)
         kernel_size = config.conv_kernel_size

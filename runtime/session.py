@@ -98,13 +98,8 @@ class Session:
         stop_name, self._speech = MODES[mode]
         if self._speech and model.networks.token2wav is None:
             raise CovoError("this checkpoint was converted or loaded without token2wav: use mode a2t")
-        self.model, self.mode, self.sampling, self.max_new_tokens, self.seed = (
-            model,
-            mode,
-            sampling,
-            max_new_tokens,
-            seed,
-        )
+        self.model, self.mode, self.sampling = model, mode, sampling
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.system = prompt.DEFAULT_SYSTEM_PROMPT if system is None else system
         self.rounds = 0
         self.length = 0  # valid rows of the cache; the last token of a reply is never among them
