@@ -22,6 +22,10 @@ class Kernels(Protocol):
         """Return x @ weight.T + bias: [..., C_out]. x: [..., C_in]; weight: [C_out, C_in]; bias: [C_out]. One dtype."""
         ...
 
+    def linear_gelu_tanh(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return GELU(linear(x, weight, bias)) in the tanh form; whether the sum is rounded before is the backend's."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm(x) * weight, like x. x: [T, C]; weight: [C].
 
@@ -55,10 +59,6 @@ class Kernels(Protocol):
 
     def gelu(self, x: Tensor) -> Tensor:
         """Return GELU(x) in the erf form, like x."""
-        ...
-
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        """Return GELU(x) in the tanh form, like x."""
         ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -10,19 +10,30 @@ from covo_npu.kernels.interface import SNAKE_CONTEXT
 
 name = "native"
 
-# Whether `linear` may go past oneDNN: measured with torch 2.13; what older releases have instead was not.
+ONEDNN = torch.ops.mkldnn
+# What oneDNN's fused product multiplies here; nothing in a build without oneDNN.
+FUSED_DTYPES = (
+    (torch.float32, *([torch.bfloat16] if ONEDNN._is_mkldnn_bf16_supported() else []))
+    if hasattr(ONEDNN, "_linear_pointwise")
+    else ()
+)
+# Whether one row may go past oneDNN: measured with torch 2.13; what older releases have instead was not.
 PLAIN_ROW = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 conv1d = F.conv1d
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One row of 16-bit numbers goes past oneDNN on the CPU.
+    """On the CPU several rows of bfloat16 go straight to oneDNN, one row of 16-bit numbers goes past it.
 
-    oneDNN copies the weights into a layout of its own before it multiplies, which pays for many rows only: for one, as
-    in decoding, PyTorch's own kernel streams them at up to twice the rate.
+    Asked directly, oneDNN adds the bias while it stores; PyTorch first writes it, then adds the rounded product. But
+    oneDNN copies the weights into a layout of its own before it multiplies: for one row, as in decoding, PyTorch's own
+    kernel streams them at up to twice the rate. float32 stays with PyTorch, whose sums are twice as exact.
     """
-    if PLAIN_ROW and x.device.type == "cpu" and x.element_size() == 2 and x.numel() == x.shape[-1]:
+    one_row = x.numel() == x.shape[-1]
+    if not one_row and x.dtype == torch.bfloat16 and _fuses(x):
+        return _fused_linear(x, weight, bias)
+    if one_row and PLAIN_ROW and x.device.type == "cpu" and x.element_size() == 2:
         onednn = torch.backends.mkldnn
         enabled = onednn.enabled
         onednn.enabled = False  # type: ignore[assignment]  # a property of the module
@@ -31,6 +42,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         finally:
             onednn.enabled = enabled
     return F.linear(x, weight, bias)
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _fuses(x):
+        return _fused_linear(x, weight, bias, "gelu", "tanh")
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _fuses(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in FUSED_DTYPES
+
+
+def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", form: str = "") -> Tensor:
+    """Return linear(x, weight, bias), or a function of it, in one pass over the result.
+
+    oneDNN multiplies views by columns a thousand times slower, and reads a strided bias as contiguous.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    out: Tensor = ONEDNN._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), then, [], form)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,10 +93,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -117,8 +117,8 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    out: Tensor = torch_npu.npu_gelu(x, approximate="tanh")
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch_npu.npu_gelu(linear(x, weight, bias), approximate="tanh")
     return out
 
 

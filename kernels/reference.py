@@ -17,6 +17,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    wide = linear(x, weight, bias).float()
+    return (wide * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
@@ -48,11 +53,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     wide = x.float()
     return (wide * 0.5 * (1 + torch.erf(wide / 2**0.5))).to(x.dtype)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -67,8 +67,9 @@ class DiTBlock(nn.Module):
         q, k = self.kernels.rotary(qkv[: 2 * batch], conditions.cos, conditions.sin).view(2, *heads)
         attended = self.kernels.attention(q, k, qkv[2 * batch :], self.head_dim**-0.5).reshape(batch, length, size)
         x = torch.addcmul(x, self.o_proj(attended).to(x.dtype), gate_a)
-        hidden = self.fc1(self.kernels.layer_norm(x, scale_m, shift_m, NORM_EPS).to(dtype))
-        return torch.addcmul(x, self.fc2(self.kernels.gelu_tanh(hidden)).to(x.dtype), gate_m)
+        normed = self.kernels.layer_norm(x, scale_m, shift_m, NORM_EPS).to(dtype)
+        hidden = self.kernels.linear_gelu_tanh(normed, self.fc1.weight, self.fc1.bias)
+        return torch.addcmul(x, self.fc2(hidden).to(x.dtype), gate_m)
 
 
 class DiT(nn.Module):

@@ -50,7 +50,7 @@ FORECAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rotary": (("npu::npu_rotary_mul",),) * 2,
     "swiglu": (("npu::npu_swiglu",),) * 2,
     "gelu": (("npu::npu_gelu",),) * 2,
-    "gelu_tanh": (("npu::npu_gelu",),) * 2,
+    "linear_gelu_tanh": (("aten::addmm", "npu::npu_gelu"),) * 2,
     "attention": (("aten::clone", *_ATTENTION), _PLAIN_ATTENTION),
     "write_kv": (("npu::npu_scatter_nd_update_",) * 2,) * 2,
     "prefill_attention": (("aten::clone", *_ATTENTION), (*_PLAIN_ATTENTION, "aten::masked_fill_")),

@@ -297,7 +297,21 @@ CASES = (
         (lambda gate_up: gate_up[:, 17:] / (1 + torch.exp(-gate_up[:, 17:])) * gate_up[:, :17],),
     ),
     Case("gelu", lambda g: {"x": gelu_rows(g)}, erf_gelu, (tanh_gelu,)),
-    Case("gelu_tanh", lambda g: {"x": gelu_rows(g)}, tanh_gelu, (erf_gelu,)),
+    Case(
+        "linear_gelu_tanh",
+        lambda g: {"x": rows(g, 5, 33), "weight": normal(g, 31, 33, scale=0.2), "bias": normal(g, 31)},
+        lambda x, weight, bias: tanh_gelu(torch.einsum("tc,oc->to", x, weight) + bias),
+        (
+            lambda x, weight, bias: tanh_gelu(torch.einsum("tc,oc->to", x, weight)) + bias,
+            lambda x, weight, bias: torch.einsum("tc,oc->to", x, weight) + bias,
+        ),
+    ),
+    Case(  # sums that no dtype rounds, so that the form shows in each
+        "linear_gelu_tanh",
+        lambda g: {"x": gelu_rows(g), "weight": torch.eye(33, dtype=torch.float64)[:31], "bias": torch.zeros(31)},
+        lambda x, weight, bias: tanh_gelu(x[:, :31]),
+        (lambda x, weight, bias: erf_gelu(x[:, :31]),),
+    ),
     Case(
         "attention",
         lambda g: {**{n: normal(g, 2, 13, 3, 64) for n in "qkv"}, "scale": 0.125},

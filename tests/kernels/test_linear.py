@@ -1,6 +1,8 @@
-"""linear with one row of 16-bit numbers, which on the CPU takes a way of its own."""
+"""linear on the CPU: one row of 16-bit numbers and several rows each take a way of their own."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ def test_the_row_goes_past_onednn_and_everything_else_does_not(monkeypatch: pyte
         return real(*args)
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    monkeypatch.setattr(native, "FUSED_DTYPES", ())
     weight = torch.ones(4, 6)
     native.linear(torch.ones(1, 6).bfloat16(), weight.bfloat16())
     native.linear(torch.ones(2, 6).bfloat16(), weight.bfloat16())
@@ -47,3 +50,17 @@ def test_the_switch_is_put_back_after_a_fault() -> None:
     with pytest.raises(RuntimeError):
         native.linear(torch.ones(1, 6).bfloat16(), torch.ones(4, 7).bfloat16())
     assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("dtype", native.FUSED_DTYPES, ids=str)
+@pytest.mark.parametrize("function", [native.linear, native.linear_gelu_tanh])
+def test_views_are_multiplied_like_their_copies(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    """oneDNN would take a strided bias for a contiguous one."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, 7, 38), (11, 57), (22,)))
+    x, weight, bias = x[..., ::2], weight[:, 19:38], bias[::2]
+    found = function(x, weight, bias)
+    assert found.shape == (3, 7, 11)
+    assert torch.equal(found, function(x.contiguous(), weight.contiguous(), bias.contiguous()))
+    assert not torch.equal(found, function(x, weight, bias.roll(1)))
+    assert function(x[:, :0], weight, bias).shape == (3, 0, 11)
