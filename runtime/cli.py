@@ -92,7 +92,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Replay decode steps as captured graphs. auto: off, until a device has confirmed it.",
+    help="Replay decode steps as captured graphs. auto: on CUDA.",
 )
 @click.option(
     "--token2wav-dtype",

@@ -18,7 +18,7 @@ Work = Callable[[], None]
 Capture = Callable[[Work], Work]  # from work to a function that repeats it on the same tensors
 
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}  # device: class of its graphs in torch.<device>
-CONFIRMED: tuple[str, ...] = ()  # devices whose graphs `auto` uses: those on which it has been seen to work
+AUTOMATIC = ("cuda",)  # devices whose graphs `auto` uses; NPUGraph waits until hardware has confirmed it
 
 
 @dataclass(slots=True)
@@ -40,7 +40,10 @@ class DeviceCapture:
         self._pool = self._module.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """Return the replay of `work`. Runs it once before, on a side stream: libraries set themselves up then."""
+        """Return the replay of `work`. Runs it once before, on a side stream: libraries set themselves up then.
+
+        Raises BackendError if the device cannot capture it.
+        """
         module, graph = self._module, self._graph_class()
         started, reserved = time.perf_counter(), module.memory_reserved()
         side = module.Stream()
@@ -48,9 +51,15 @@ class DeviceCapture:
         with module.stream(side):
             work()
         module.current_stream().wait_stream(side)
-        with module.graph(graph, pool=self._pool):
-            work()
-        module.synchronize()
+        try:
+            with module.graph(graph, pool=self._pool):
+                work()
+            module.synchronize()
+        except RuntimeError as error:
+            raise BackendError(
+                f"{module.__name__.removeprefix('torch.')}: a decode step could not be captured as a graph "
+                f"({str(error).splitlines()[0]}): run with --graph off, and please report it"
+            ) from error
         self.report.graphs += 1
         self.report.seconds += time.perf_counter() - started
         self.report.bytes += module.memory_reserved() - reserved
@@ -67,4 +76,4 @@ def device_capture(choice: str, device: torch.device) -> DeviceCapture | None:
         raise BackendError(f"graph must be auto, on or off, found {choice!r}")
     if choice == "on" and device.type not in GRAPHS:
         raise BackendError(f"device {device} has no graphs to capture; there are those of {', '.join(GRAPHS)}")
-    return DeviceCapture(device) if choice == "on" or (choice == "auto" and device.type in CONFIRMED) else None
+    return DeviceCapture(device) if choice == "on" or (choice == "auto" and device.type in AUTOMATIC) else None

@@ -6,7 +6,10 @@ Captured steps run here on a tape that repeats recorded operators; CUDA and NPU 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,12 +131,74 @@ def test_the_bound_of_a_captured_step_covers_every_length() -> None:
 
 def test_graphs_are_refused_where_there_are_none() -> None:
     assert device_capture("auto", torch.device("cpu")) is None
-    assert device_capture("auto", torch.device("cuda")) is None  # until a device has confirmed graphs
+    npu = SimpleNamespace(type="npu")  # until hardware has confirmed its graphs
+    assert device_capture("auto", npu) is None  # type: ignore[arg-type]
     assert device_capture("off", torch.device("cuda")) is None
     with pytest.raises(BackendError, match="device cpu has no graphs to capture"):
         device_capture("on", torch.device("cpu"))
     with pytest.raises(BackendError, match="graph must be auto, on or off"):
         device_capture("yes", torch.device("cpu"))
+
+
+class FakeDevice:
+    """The calls of torch.cuda that a capture makes, written down; `faults` of the work under capture are raised."""
+
+    __name__ = "torch.cuda"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append(name)
+
+    def memory_reserved(self) -> int:
+        return 100 * len(self.calls)
+
+    def current_stream(self) -> FakeDevice:
+        return self
+
+    Stream = current_stream
+
+    @contextmanager
+    def stream(self, side: Any) -> Iterator[None]:
+        self.calls.append("side stream")
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
+        self.calls.append("capture")
+        yield
+
+    def CUDAGraph(self) -> Any:  # noqa: N802 - torch's name
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+
+def test_a_step_is_warmed_up_aside_and_captured_by_default_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "cuda", device)
+    capture = device_capture("auto", torch.device("cuda"))
+    assert capture is not None
+    replay = capture(lambda: device.calls.append("work"))
+    replay()
+    told = [call for call in device.calls if call in ("side stream", "capture", "work", "wait_stream", "replay")]
+    assert told == ["wait_stream", "side stream", "work", "wait_stream", "capture", "work", "replay"]
+    assert capture.report.graphs == 1 and capture.report.bytes > 0
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "cuda", device)
+    capture = device_capture("on", torch.device("cuda"))
+    assert capture is not None
+
+    def work() -> None:
+        if device.calls[-1] == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(
+        BackendError, match=r"cuda: a decode step .* \(operation not permitted .*\): run with --graph off"
+    ):
+        capture(work)
 
 
 def test_the_system_prompt_is_computed_once(fresh: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
