@@ -13,6 +13,7 @@ import torch
 from runtime.speech_sizes import SMALL, small_token2wav
 from torch.utils.flop_counter import FlopCounterMode
 
+from covo_npu.kernels import native
 from covo_npu.tools.bench_token2wav import evaluation_flops, vocoder_flops
 
 
@@ -23,7 +24,8 @@ def test_operations_of_the_vocoder() -> None:
     assert vocoder_flops(SMALL.vocoder, frames) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_operations_of_an_evaluation() -> None:
+def test_operations_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FUSED_DTYPES", ())  # PyTorch's counter does not know oneDNN's fused product
     networks, frames = small_token2wav(), 80
     conditions = networks.dit.conditions(torch.zeros(20, dtype=torch.int64), networks.voice.prompt_latents)
     parts = networks.dit.modulation(0.0, networks.voice.speaker_embedding)
