@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _fuses(x):
         return _fused_linear(x, weight, bias, "gelu", "tanh")
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return F.gelu(linear(x, weight, bias), approximate="tanh")
 
 
 def _fuses(x: Tensor) -> bool:

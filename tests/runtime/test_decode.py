@@ -141,7 +141,7 @@ def test_graphs_are_refused_where_there_are_none() -> None:
 
 
 class FakeDevice:
-    """The calls of torch.cuda that a capture makes, written down; `faults` of the work under capture are raised."""
+    """Stands where torch.cuda does and writes down the calls that a capture makes."""
 
     __name__ = "torch.cuda"
 
