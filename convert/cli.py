@@ -1,6 +1,5 @@
 """covo-convert: the published checkpoint to the folder that covo-run loads."""
 
-import json
 import logging
 import os
 import time
@@ -11,8 +10,8 @@ import click
 
 from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
-from covo_npu.runtime import console
-from covo_npu.runtime.checkpoint import FORMAT, MANIFEST
+from covo_npu.runtime.checkpoint.format import INT8, MANIFEST, is_checkpoint
+from covo_npu.runtime.cli import console, options
 
 log = logging.getLogger(__name__)
 
@@ -20,32 +19,39 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--src", required=True, type=click.Path(path_type=Path), help="Folder of the published weights.")
-@click.option("--dst", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--src", required=True, type=options.PATH, help="Folder of the published weights.")
+@click.option("--dst", required=True, type=options.PATH, help="Folder to make.")
 @click.option(
     "--voice",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Folder of the voice's three .npy files. Default: SRC/token2wav/prompt, then SRC/../token2wav/prompt.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Of LLM and encoder; speech is float32.")
+@click.option(
+    "--weights",
+    type=click.Choice((INT8,)),
+    help="int8: the LLM's layers in 8 bits and a scale a channel, half the bytes of bfloat16. Default: --dtype.",
+)
 @click.option("--token2wav/--no-token2wav", default=True, help="Speech; without it the checkpoint answers in text.")
-@click.option("--tp", type=int, default=1, help="Tensor-parallel ranks.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--prefix/--no-prefix", default=True, help="The KV cache's rows of the default system prompt.")
+@click.option("--tp", type=click.IntRange(min=1), default=1, help="Tensor-parallel ranks: each gets a file of its own.")
+@click.option("--allow-zeros", is_flag=True, help="Accept matrices that are all zeros, which a cut download leaves.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing; with -v every tensor.")
 @click.option("--force", is_flag=True, help="Replace an existing converted checkpoint, once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--verbose", "-v", is_flag=True, help="Log the stages with times; show tracebacks.")
-@click.version_option(package_name="covo-npu")
+@options.common
 def command(
     src: Path,
     dst: Path,
     voice: Path | None,
     dtype: str,
+    weights: str | None,
     token2wav: bool,
+    prefix: bool,
     tp: int,
+    allow_zeros: bool,
     dry_run: bool,
     force: bool,
-    as_json: bool,
-    verbose: bool,
+    json_file: str | None,
 ) -> None:
     """Convert a checkpoint into the layout that covo-run loads.
 
@@ -54,41 +60,41 @@ def command(
     \b
     covo-convert --src Covo-Audio-Chat --dst npu_ckpt
     """
-    if tp != 1:
-        raise ConvertError(f"--tp {tp}: 1 is the only value yet; the layout names ranks so that others can follow")
     start = time.perf_counter()
     _check_places(src, dst, force, dry_run)
 
     import torch  # these take seconds to import, which a wrong option should not cost
 
     from covo_npu.convert.plan import make_plan
-    from covo_npu.convert.report import plan_report, plan_text, summary_text
+    from covo_npu.convert.report import plan_report, plan_text, summary_text, tensor_rows
     from covo_npu.convert.source import open_source
     from covo_npu.convert.write import write_checkpoint
-    from covo_npu.runtime.checkpoint import read_manifest
+    from covo_npu.runtime.checkpoint.format import read_manifest
 
     source = open_source(src, voice, token2wav)
     log.info("source: %d tensors in %s", len(source.tensors), src.name)
-    plan = make_plan(source, getattr(torch, dtype))
+    plan = make_plan(source, getattr(torch, dtype), weights == INT8, tp)
     log.info("plan: %d tensors, %.2f GB", len(plan.steps), plan.bytes / 1e9)
     for warning in source.warnings:
         click.echo(f"covo-convert: warning: {warning}", err=True)
-    report: dict[str, Any] = {"src": str(src), "dst": str(dst), **plan_report(plan, source)}
+    report: dict[str, Any] = {"src": str(source.folder), "dst": str(dst), **plan_report(plan, source), "prefix": prefix}
     if dry_run:
-        click.echo(json.dumps(report, indent=1) if as_json else plan_text(report))
+        report |= {"tensors": tensor_rows(plan)} if log.isEnabledFor(logging.INFO) else {}  # -v
+        console.show(plan_text(report), report, json_file)
         return
     check_space(dst.resolve().parent, plan.bytes)
     dst.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with (
-        new_folder(dst, replace=force) as folder,
-        console.progress(plan.bytes, "B", "convert", enabled=not as_json) as bar,
-    ):
-        write_checkpoint(plan, source, folder, bar.update)
+    work = plan.bytes + prefix * plan.layer_bytes  # each is written; through the layers the system prompt goes, too
+    with new_folder(dst, replace=force) as folder, console.progress(work, "B", "convert") as bar:
+        warnings = write_checkpoint(plan, source, folder, bar.update, allow_zeros, prefix)
         written = sum(file.bytes for file in read_manifest(folder).files.values())  # read back before it appears
         written += (folder / MANIFEST).stat().st_size
         log.info("written and on the disk: %.2f GB", written / 1e9)
+    for warning in warnings:
+        click.echo(f"covo-convert: warning: {warning}", err=True)
+    report["warnings"] += warnings
     report |= {"bytes_written": written, "seconds": round(time.perf_counter() - start, 3)}
-    click.echo(json.dumps(report, indent=1) if as_json else summary_text(report))
+    console.show(summary_text(report), report, json_file)
 
 
 def _check_places(src: Path, dst: Path, force: bool, dry_run: bool) -> None:
@@ -104,20 +110,12 @@ def _check_places(src: Path, dst: Path, force: bool, dry_run: bool) -> None:
         return
     if not force:
         raise ConvertError(f"--dst {dst} exists; --force replaces it once the new checkpoint is complete")
-    if not _is_ours(target):
+    if not is_checkpoint(target):
         raise ConvertError(
             f"--dst {dst} holds something else than a converted checkpoint; --force does not remove that"
         )
     if not os.access(target, os.W_OK):
         raise ConvertError(f"--dst {dst} is not writable")
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        with (folder / MANIFEST).open("rb") as file:
-            return f'"format": "{FORMAT}"'.encode() in file.read(4096)
-    except OSError:
-        return False
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from covo_npu.convert.errors import ConvertError, refuse
-from covo_npu.runtime.config import (
+from covo_npu.convert.errors import ConvertError, Kind, refuse
+from covo_npu.runtime.checkpoint.config import (
     AdapterConfig,
     DiTConfig,
     EncoderConfig,
@@ -18,6 +18,7 @@ from covo_npu.runtime.config import (
     VoiceConfig,
 )
 
+CONFIG = "config.json"
 ADAPTER_FEED_FORWARD = 2048  # fixed in upstream's code, as are the next four
 TIME_DIM = 256
 CONV_EMBED_KERNEL = 31
@@ -61,16 +62,30 @@ TOKEN2WAV_DEFAULTS: dict[str, Any] = {
     "inference": {"s_steps": 10, "cfg_alpha": 1.0, "dynamic_thr": False, "rescale_logits": False},
 }
 
-# Fields with one value that the networks implement: path -> value. Absent fields have it already.
+# Fields with one value that the networks implement: path -> value. Absent and null fields have it already.
 FIXED_MODEL = {
     "llm_config.hidden_act": "silu",
     "llm_config.tie_word_embeddings": False,
     "llm_config.use_sliding_window": False,
-    "llm_config.rope_parameters.rope_type": "default",
-    "llm_config.rope_scaling": None,
+    "llm_config.partial_rotary_factor": 1.0,
+    **{
+        f"llm_config.{place}.{name}": value
+        for place in ("rope_parameters", "rope_scaling")
+        for name, value in (
+            ("rope_type", "default"),
+            ("type", "default"),  # the older word
+            ("factor", 1.0),
+            ("partial_rotary_factor", 1.0),
+            ("mrope_section", None),
+        )
+    },
     "encoder_config.activation_function": "gelu",
     "encoder_config.scale_embedding": False,
 }
+# Where a config may state the base of the rotations; all that do must agree.
+ROPE_THETA = ("llm_config.rope_theta", "llm_config.rope_parameters.rope_theta", "llm_config.rope_scaling.rope_theta")
+# Where it may say that the weights were quantised.
+QUANTIZATION = ("quantization_config", "llm_config.quantization_config", "encoder_config.quantization_config")
 FIXED_TOKEN2WAV = {
     "data.audio.sample_rate": 24000,
     "model.token2latent.transformer.modulation": True,
@@ -99,19 +114,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def model_config(path: Path) -> ModelConfig:
-    """Return the sizes that upstream's config.json states, without token2wav.
-
-    rope_theta may stand at the top level of llm_config or in its rope_parameters (transformers 4 and 5).
-    """
+    """Return the sizes that upstream's config.json states, without token2wav."""
     data = _Fields(path, read_json(path), FIXED_MODEL)
+    for name in QUANTIZATION:
+        method = data.find(f"{name}.quant_method", "by an unknown method")
+        data.require(data.find(name) is None, f"{name}: the weights were quantised ({method}): use those before that")
+    for place in ("llm_config.rope_parameters", "llm_config.rope_scaling"):
+        data.require(
+            isinstance(data.find(place, {}), (dict, type(None))), _expected(place, "an object", data.find(place))
+        )
     hidden, heads = data.count("llm_config.hidden_size"), data.count("llm_config.num_attention_heads")
     encoder_size = data.count("encoder_config.d_model")
     downsample = data.count("adapter_downsample")
     data.require(downsample & (downsample - 1) == 0, f"adapter_downsample: expected a power of 2, found {downsample}")
-    if data.find("llm_config.head_dim") is None:
+    if data.find("llm_config.head_dim") is None:  # it follows from these
         data.require_multiple("llm_config.hidden_size", "llm_config.num_attention_heads")
-    encoder_heads = data.count("encoder_config.encoder_attention_heads")
-    data.require_multiple("encoder_config.d_model", "encoder_config.encoder_attention_heads")
     config = ModelConfig(
         llm=LLMConfig(
             num_layers=data.count("llm_config.num_hidden_layers"),
@@ -122,13 +139,13 @@ def model_config(path: Path) -> ModelConfig:
             intermediate_size=data.count("llm_config.intermediate_size"),
             vocab_size=data.count("llm_config.vocab_size"),
             rms_norm_eps=data.number("llm_config.rms_norm_eps"),
-            rope_theta=data.number("llm_config.rope_theta", "llm_config.rope_parameters.rope_theta"),
+            rope_theta=data.number(*ROPE_THETA),
             max_position_embeddings=data.count("llm_config.max_position_embeddings"),
         ),
         encoder=EncoderConfig(
             num_layers=data.count("encoder_config.encoder_layers"),
             hidden_size=encoder_size,
-            num_heads=encoder_heads,
+            num_heads=data.count("encoder_config.encoder_attention_heads"),
             intermediate_size=data.count("encoder_config.encoder_ffn_dim"),
             num_mels=data.count("encoder_config.num_mel_bins"),
             max_positions=data.count("encoder_config.max_source_positions"),
@@ -146,35 +163,15 @@ def model_config(path: Path) -> ModelConfig:
     return config
 
 
-def token2wav_config(path: Path, voice: VoiceConfig) -> Token2WavConfig:
-    """Return the sizes that token2wav/config.json states, or the published ones if the file is absent."""
+def token2wav_config(path: Path) -> Token2WavConfig:
+    """Return the sizes that token2wav/config.json states, the published ones if it is absent. Without a voice."""
     data = _Fields(path, read_json(path) if path.exists() else TOKEN2WAV_DEFAULTS, FIXED_TOKEN2WAV)
     latent, transformer, vocoder = "model.token2latent.", "model.token2latent.transformer.", "model.wavegan."
-    hidden, heads = data.count(transformer + "hidden_size"), data.count(transformer + "num_heads")
-    data.require_multiple(transformer + "hidden_size", transformer + "num_heads")
-    data.require(
-        hidden % CONV_EMBED_GROUPS == 0, f"{transformer}hidden_size {hidden} is no multiple of {CONV_EMBED_GROUPS}"
-    )
-    rates, kernels = data.counts(vocoder + "upsample_rates"), data.counts(vocoder + "upsample_kernel_sizes")
-    data.require(
-        kernels == tuple(2 * rate for rate in rates),
-        f"{vocoder}upsample_kernel_sizes: expected twice the upsample_rates {rates}, found {kernels}",
-    )
-    blocks = data.counts(vocoder + "resblock_kernel_sizes")
-    dilations = tuple(tuple(row) for row in data.list(vocoder + "resblock_dilation_sizes"))
-    data.require(
-        len(dilations) == len(blocks) and all(len(row) == 3 for row in dilations),
-        f"{vocoder}resblock_dilation_sizes: expected {len(blocks)} lists of 3, found {dilations}",
-    )
-    data.require(
-        data.count(latent + "z_dim") == data.count(vocoder + "latent_dim"),
-        f"{latent}z_dim and {vocoder}latent_dim differ",
-    )
     config = Token2WavConfig(
         dit=DiTConfig(
             num_layers=data.count(transformer + "num_layers"),
-            hidden_size=hidden,
-            num_heads=heads,
+            hidden_size=data.count(transformer + "hidden_size"),
+            num_heads=data.count(transformer + "num_heads"),
             intermediate_size=data.count(transformer + "ffn_hidden_size"),
             num_codes=data.count(latent + "token_vocab_size"),
             code_dim=data.count(latent + "token_input_dim"),
@@ -194,12 +191,12 @@ def token2wav_config(path: Path, voice: VoiceConfig) -> Token2WavConfig:
         vocoder=VocoderConfig(
             latent_dim=data.count(vocoder + "latent_dim"),
             initial_channels=data.count(vocoder + "upsample_initial_channel"),
-            upsample_rates=rates,
-            upsample_kernel_sizes=kernels,
-            resblock_kernel_sizes=blocks,
-            resblock_dilations=dilations,
+            upsample_rates=data.counts(vocoder + "upsample_rates"),
+            upsample_kernel_sizes=data.counts(vocoder + "upsample_kernel_sizes"),
+            resblock_kernel_sizes=data.counts(vocoder + "resblock_kernel_sizes"),
+            resblock_dilations=data.lists_of_counts(vocoder + "resblock_dilation_sizes"),
         ),
-        voice=voice,
+        voice=VoiceConfig(0, 0),
     )
     data.refuse()
     return config
@@ -213,7 +210,7 @@ class _Fields:
         self.findings = [
             f"{name}: expected {value!r}, found {found!r}: not implemented"
             for name, value in fixed.items()
-            if (found := self.find(name, value)) != value
+            if (found := self.find(name)) is not None and found != value
         ]
 
     def find(self, path: str, default: Any = None) -> Any:
@@ -233,8 +230,11 @@ class _Fields:
         return int(value) if valid and value is not None else 1
 
     def number(self, *paths: str) -> float:
-        """Return the number at the first of the paths that exists."""
-        value = next((found for path in paths if (found := self.find(path)) is not None), None)
+        """Return the number at the paths that exist, which must agree."""
+        found = {path: value for path in paths if (value := self.find(path)) is not None}
+        value = next(iter(found.values()), None)
+        stated = ", ".join(f"{path} = {number!r}" for path, number in found.items())
+        self.require(all(number == value for number in found.values()), f"these disagree: {stated}")
         valid = isinstance(value, (int, float)) and not isinstance(value, bool)
         return float(value) if self.require(valid, _expected(" or ".join(paths), "a number", value)) else 1.0  # type: ignore[arg-type]
 
@@ -248,6 +248,12 @@ class _Fields:
         values = self.list(path)
         valid = all(type(value) is int and value > 0 for value in values)
         return tuple(values) if self.require(valid, _expected(path, "counts", values)) else ()
+
+    def lists_of_counts(self, path: str) -> tuple[tuple[int, ...], ...]:
+        """Return a list of lists of whole numbers of at least 1."""
+        rows = self.list(path)
+        valid = all(isinstance(row, list) and all(type(n) is int and n > 0 for n in row) for row in rows)
+        return tuple(map(tuple, rows)) if self.require(valid, _expected(path, "lists of counts", rows)) else ()
 
     def require(self, holds: bool, finding: str) -> bool:
         """Return holds; note the finding if it does not."""
@@ -263,7 +269,7 @@ class _Fields:
 
     def refuse(self) -> None:
         """Raise ConvertError with all findings, if there are any."""
-        refuse(str(self.path), {"fields": self.findings}, "Is this the config.json of a Covo-Audio model?")
+        refuse(str(self.path), Kind("fields", self.findings, "Is this the config.json of a Covo-Audio model?"))
 
 
 def _expected(path: str, what: str, found: object) -> str:

@@ -1,27 +1,35 @@
 """The errors of conversion, many findings in one message."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from covo_npu.kernels.errors import CovoError
-
-SHOWN = 10
+from covo_npu.kernels.errors import CovoError, listed
 
 
 class ConvertError(CovoError):
     """The source cannot be converted, or the destination cannot be written."""
 
 
-def together(title: str, findings: Iterable[str]) -> str:
-    """Return the title and its findings, one a line: the first ten and how many more."""
-    rows = list(findings)
-    more = [f"... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
-    return f"{title} ({len(rows)}):" + "".join(f"\n  {row}" for row in [*rows[:SHOWN], *more])
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Findings of one kind and what to do about them."""
+
+    title: str
+    findings: Iterable[str]
+    advice: str
 
 
-def refuse(where: str, kinds: Mapping[str, Iterable[str]], advice: str) -> None:
-    """Raise ConvertError if any kind (title -> findings) has findings: a paragraph for each kind, then the advice."""
-    paragraphs = [
-        together(title, rows) for title, rows in ((title, list(found)) for title, found in kinds.items()) if rows
-    ]
-    if paragraphs:
-        raise ConvertError("\n".join([f"{where} cannot be converted; nothing was written", *paragraphs, advice]))
+def refuse(where: str, *kinds: Kind, state: str = "nothing was written") -> None:
+    """Raise ConvertError if any kind has findings: a paragraph for each such kind, then what to do.
+
+    state: what there is of the destination.
+    """
+    rows = [(kind, list(kind.findings)) for kind in kinds]
+    found = [(kind, findings) for kind, findings in rows if findings]
+    if found:
+        paragraphs = [
+            f"{kind.title} ({len(findings)}):\n  {listed(findings, separator=chr(10) + '  ')}"
+            for kind, findings in found
+        ]
+        advice = dict.fromkeys(kind.advice for kind, _ in found)  # each once, in this order
+        raise ConvertError("\n".join([f"{where} cannot be converted; {state}", *paragraphs, *advice]))

@@ -2,21 +2,25 @@
 
 Everything is written into a hidden sibling `.<name>.partial-<pid>`, put on the disk, then renamed into place. A lock
 file `.<name>.lock` keeps a second writer out; what a killed writer left is cleared by the next one. Nothing but renames
-ever touches the destination, so a kill at any moment leaves the old folder, the new one or none.
+ever touches the destination, so a kill at any moment leaves the old folder, the new one or none. Network and FUSE file
+systems may have no locks or no way to put a folder on the disk: that is logged, once, and the work goes on.
 """
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from covo_npu.convert.errors import ConvertError
+import xxhash
 
-SPARE_BYTES = 64 * 2**20  # what a file system needs beside the data
+from covo_npu.convert.errors import ConvertError
+from covo_npu.runtime.output import MAX_NAME_BYTES, UNSUPPORTED, sync, warn_once
+
+LONGEST_BYTES = 32  # what stands around the name in a hidden one
+SPARE_BYTES = 64 * 2**20  # what a file system needs beside the data, and the rows of the system prompt
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -39,12 +43,12 @@ def new_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     Raises ConvertError if another writer is at work on the same destination.
     """
     destination = destination.resolve()  # a link stays a link: what it points at is replaced
-    parent, name = destination.parent, destination.name
-    with _lock(parent / f".{name}.lock", destination):
-        _clear(parent, name, destination)
+    parent = destination.parent
+    with _lock(_beside(destination, "lock"), destination):
+        _clear(destination)
         if not replace and destination.exists() and any(destination.iterdir()):
             raise ConvertError(f"{destination} exists; --force replaces it once the new one is complete")
-        partial = parent / f".{name}.partial-{os.getpid()}"
+        partial = _beside(destination, f"partial-{os.getpid()}")
         partial.mkdir()
         try:
             yield partial
@@ -59,28 +63,29 @@ def _put_in_place(partial: Path, destination: Path, replace: bool) -> None:
     if not replace or not destination.exists():
         partial.rename(destination)  # onto nothing or an empty folder; anything else fails
     elif not _exchange(partial, destination):
-        retired = _retired(destination)
+        retired = _beside(destination, "retired")
         destination.rename(retired)  # a kill from here to the next line leaves none; the next writer puts it back
         partial.rename(destination)
         shutil.rmtree(retired)
     _sync(destination.parent)
 
 
-def _clear(parent: Path, name: str, destination: Path) -> None:
+def _clear(destination: Path) -> None:
     """Remove what killed writers left. Only called under the lock."""
-    retired = _retired(destination)
+    retired = _beside(destination, "retired")
     if retired.exists() and not destination.exists():
         retired.rename(destination)
-    for stale in (*parent.glob(f".{_literal(name)}.partial-*"), *([retired] if retired.exists() else [])):
+    start = _beside(destination, "partial-").name
+    for stale in [path for path in destination.parent.iterdir() if path.name.startswith(start) or path == retired]:
         shutil.rmtree(stale)
 
 
-def _retired(destination: Path) -> Path:
-    return destination.parent / f".{destination.name}.retired"
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+def _beside(destination: Path, kind: str) -> Path:
+    """Return the hidden path beside the destination; a name with which it would be too long gives way to its hash."""
+    name = destination.name
+    if len(os.fsencode(name)) > MAX_NAME_BYTES - LONGEST_BYTES:
+        name = xxhash.xxh3_128_hexdigest(os.fsencode(name))
+    return destination.with_name(f".{name}.{kind}")
 
 
 @contextlib.contextmanager
@@ -93,6 +98,11 @@ def _lock(path: Path, destination: Path) -> Iterator[None]:
         except BlockingIOError:
             os.close(fd)
             raise ConvertError(f"{destination}: another process is writing there; wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                os.close(fd)
+                raise
+            warn_once(f"this file system has no locks ({error.strerror}): start one conversion at a time")
         if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
             break
         os.close(fd)
@@ -111,7 +121,7 @@ def _exchange(a: Path, b: Path) -> bool:
     if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if code in UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(a), None, str(b))
 
@@ -119,6 +129,6 @@ def _exchange(a: Path, b: Path) -> bool:
 def _sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        sync(fd)
     finally:
         os.close(fd)

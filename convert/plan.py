@@ -6,38 +6,31 @@ The targets' names and shapes come twice, from the rules and from the networks t
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor
 
-from covo_npu.convert import rules, transforms
-from covo_npu.convert.errors import refuse
-from covo_npu.convert.rules import Part, Rule, Section
+from covo_npu.convert import rules
+from covo_npu.convert.downloads import AGAIN
+from covo_npu.convert.errors import Kind, refuse
+from covo_npu.convert.rules import Operation, Part, Rule, Section, Split
+from covo_npu.convert.shards import DTYPES, INDEX, SourceTensor
 from covo_npu.convert.sizes import LETTERS
-from covo_npu.convert.source import DTYPES, Source, SourceTensor
-from covo_npu.runtime.config import ModelConfig
-from covo_npu.runtime.model import expected_tensors
+from covo_npu.convert.source import SourceCheckpoint
+from covo_npu.runtime.checkpoint.config import ModelConfig
+from covo_npu.runtime.checkpoint.format import INT8
+from covo_npu.runtime.networks.files import expected_tensors
 
 Shape = tuple[int, ...]
-Compute = Callable[..., Tensor]
 
-# What each operation computes; None: the sources' bytes one after another, cast where the dtype changes.
-OPERATIONS: dict[str, Compute | None] = {
-    rules.ROWS: None,
-    rules.FLAT: transforms.flat,
-    rules.FOLD: transforms.fold_weight_norm,
-    rules.EXP: transforms.exp,
-    rules.INVERSE_BETA: transforms.inverse_beta,
-    rules.MEAN: transforms.mean,
-    rules.STD: transforms.std,
-    rules.EQUAL: transforms.equal,
-    rules.MEL_FILTERS: transforms.mel_filters,
-}
-CONVERTIBLE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+SHARED = "llm"  # the file of which each tensor-parallel rank has its own
+CONVERTIBLE = ("BF16", "F16", "F32", "F64")
+QUANTISED = (
+    "Quantised weights (FP8, INT8, 4 bits) are not supported; use the bfloat16, float16 or float32 checkpoint that "
+    "they were made of."
+)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # torch's dtype -> safetensors' spelling
 
 
@@ -51,27 +44,54 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A rule for one model: all names and shapes filled in."""
+    """A rule for one model: all names and shapes filled in. dtype None: as asked with --dtype."""
 
     target: str
     file: str
-    operation: str
+    operation: Operation
     needs: tuple[Need, ...]
     dtype: str | None
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The entries start .. stop - 1 along an axis, and `zeros` entries behind them."""
+
+    axis: int
+    start: int
+    stop: int
+    zeros: int
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One target tensor: how it is made and of what. A source of None stands for zeros."""
+    """One target tensor: its recipe and what the source has for each of its needs, None for zeros.
 
-    target: str
-    file: str
-    operation: str
+    rank of size: whose part of the tensor it is, of a file that the ranks share.
+    """
+
+    recipe: Recipe
     dtype: str  # safetensors' spelling
     shape: Shape
-    needs: tuple[Need, ...]
     sources: tuple[SourceTensor | None, ...]
-    compute: Compute | None
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def file(self) -> str:
+        """Name of the file that it lies in."""
+        return file_name(self.recipe.file, self.rank, self.size)
+
+    def share(self, shape: Shape) -> Share | None:
+        """Return which part of an input of some shape is in it, None if all of it is."""
+        axis = self.recipe.split.axis
+        if self.size == 1 or axis is None or axis >= len(shape):
+            return None
+        length = -(-shape[axis] // self.size)
+        start = min(self.rank * length, shape[axis])
+        stop = min(start + length, shape[axis])
+        return Share(axis, start, stop, length - (stop - start))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,59 +119,87 @@ class Plan:
 
     config: ModelConfig
     dtype: torch.dtype
+    int8: bool  # whether the LLM's products are held in 8 bits
     steps: tuple[Step, ...]
     left_out: Mapping[str, LeftOut]
+    tp: int = 1
+
+    @property
+    def weights(self) -> str:
+        """What the LLM's products are held in: int8, or the dtype."""
+        return INT8 if self.int8 else str(self.dtype).removeprefix("torch.")
 
     def files(self) -> dict[str, list[Step]]:
-        """Return the steps of each file stem."""
+        """Return the steps of each file by its name, the ranks in order."""
         files: dict[str, list[Step]] = {}
-        for step in self.steps:
+        for step in sorted(self.steps, key=lambda step: step.rank):  # stable
             files.setdefault(step.file, []).append(step)
         return files
+
+    @property
+    def ranks(self) -> list[str]:
+        """The names of the ranks' files."""
+        return [file_name(SHARED, rank, self.tp) for rank in range(self.tp)]
 
     @property
     def bytes(self) -> int:
         """Size of all target tensors."""
         return sum(step.bytes for step in self.steps)
 
+    @property
+    def layer_bytes(self) -> int:
+        """Size of the LLM's layers, through which the system prompt goes."""
+        return sum(step.bytes for step in self.steps if step.recipe.target.startswith("llm.layers."))
 
-def make_plan(source: Source, dtype: torch.dtype) -> Plan:
+
+def file_name(stem: str, rank: int = 0, size: int = 1) -> str:
+    """Return the name of a file of the checkpoint, or of a rank's if it is the one that they share."""
+    return f"{stem}-rank{rank}of{size}.safetensors" if stem == SHARED else f"{stem}.safetensors"
+
+
+def make_plan(source: SourceCheckpoint, dtype: torch.dtype, int8: bool = False, tp: int = 1) -> Plan:
     """Return the plan for a source. dtype: of the LLM and the encoder; token2wav is float32.
 
-    Raises ConvertError that names every missing and misshapen tensor and every dtype that cannot be converted.
+    int8: the LLM's products in 8 bits instead; tp: ranks of the LLM.
+
+    Raises ConvertError that names every missing and misshapen tensor and every dtype that cannot be converted,
+    ConfigError if the model cannot be split into so many ranks.
     """
-    missing, misshapen, inconvertible = [], [], []
+    missing, misshapen, inconvertible, unlisted = [], [], [], []
     steps: list[Step] = []
     used: set[str] = set()
-    shapes = {name: shape for tensors in expected_tensors(source.config).values() for name, shape in tensors.items()}
-    for recipe in recipes(source.config, source.tensors):
-        needs = recipe.needs
-        for need in needs:
-            found = source.tensors.get(need.name)
+    expected = expected_tensors(source.config, int8, tp).values()
+    shapes = {name: shape for tensors in expected for name, shape in tensors.items()}
+    for recipe in recipes(source.config, source.tensors, int8):
+        sources = tuple(source.tensors.get(need.name) for need in recipe.needs)
+        for need, found in zip(recipe.needs, sources, strict=True):
             if need.name and found is None:
                 missing.append(f"{need.name}: expected {list(need.shape)}")
             elif found and found.shape != need.shape:
                 misshapen.append(f"{need.name}: expected {list(need.shape)}, found {list(found.shape)} in {found.file}")
-            elif found and found.dtype not in CONVERTIBLE and recipe.dtype is None:
+            elif found and found.dtype not in CONVERTIBLE and not (found.dtype == recipe.dtype == "I64"):
                 inconvertible.append(f"{need.name}: {found.dtype} in {found.file}")
-        used.update(need.name for need in needs)
-        steps.append(_step(recipe, source, dtype, shapes.get(recipe.target, ())))
+            if found and not found.listed:
+                unlisted.append(f"{need.name}: in {found.file}")
+        used.update(need.name for need in recipe.needs)
+        size = tp if recipe.file == SHARED else 1
+        made = recipe.dtype or NAMES[dtype]
+        steps += [Step(recipe, made, shapes[recipe.target], sources, rank, size) for rank in range(size)]
+    belong = "Do config.json and the weights belong together?"
     refuse(
         str(source.folder),
-        {
-            "tensors are missing": dict.fromkeys(missing),
-            "tensors have another shape than the networks need": dict.fromkeys(misshapen),
-            "tensors have a dtype that is not a floating point number": dict.fromkeys(inconvertible),
-        },
-        "Do config.json and the weights belong together?",
+        Kind("tensors are missing", dict.fromkeys(missing), belong),
+        Kind("tensors have another shape than the networks need", dict.fromkeys(misshapen), belong),
+        Kind("tensors have a dtype that cannot be converted", dict.fromkeys(inconvertible), QUANTISED),
+        Kind(f"tensors that are needed are not in {INDEX}", dict.fromkeys(unlisted), AGAIN),
     )
-    assert {step.target for step in steps} == set(shapes), "rules and networks name the same tensors"
-    return Plan(source.config, dtype, tuple(steps), left_out(source.tensors, used))
+    assert {step.recipe.target for step in steps} == shapes.keys(), "rules and networks name the same tensors"
+    return Plan(source.config, dtype, int8, tuple(steps), left_out(source.tensors, used), tp)
 
 
-def recipes(config: ModelConfig, tensors: Mapping[str, object] | None = None) -> Iterator[Recipe]:
+def recipes(config: ModelConfig, tensors: Mapping[str, object] | None = None, int8: bool = False) -> Iterator[Recipe]:
     """Yield the rules for one model in file order. tensors: the names that a `*` in a rule may match."""
-    parts = (*rules.MODEL, *(rules.SPEECH if config.token2wav else ()))
+    parts = (rules.LLMS["int8" if int8 else "float"], *rules.MODEL, *(rules.SPEECH if config.token2wav else ()))
     names = tuple(tensors or ())
     for part in parts:
         for section in part.rules:
@@ -168,9 +216,8 @@ def left_out(tensors: Mapping[str, SourceTensor], used: set[str]) -> dict[str, L
             prefixes = (".".join(words[: n + 1]) for n in range(len(words)))
             prefix = next((p for p in prefixes if p not in needed), name)
             label = re.sub(r"\.\d+(?=\.)", ".{}", prefix)
-            reason = next(
-                (why for pattern, why in rules.LEFT_OUT if fnmatch.fnmatchcase(name, pattern)), rules.NOT_NEEDED
-            )
+            reasons = (why for pattern, why in rules.LEFT_OUT if fnmatch.fnmatchcase(name, pattern))
+            reason = next(reasons, rules.NOT_NEEDED) if tensor.listed else rules.NOT_LISTED
             groups[label, reason].append(tensor)
     return {
         label: LeftOut(len(group), sum(tensor.bytes for tensor in group), reason)
@@ -204,26 +251,10 @@ def _recipe(
     part: Part, rule: Rule, target: str, source: str, values: Mapping[str, int], names: tuple[str, ...]
 ) -> Recipe:
     needs = []
-    for entry in rule.sources:
+    for entry in rule.inputs:
         name = (source + entry.name).format(**values) if entry.name else ""
         shape = tuple(int(word) if word.isdigit() else values[word] for word in entry.shape.split())
         matches = fnmatch.filter(names, name) if "*" in name else [name]
         needs += [Need(match, shape) for match in sorted(matches) or [name]]
-    return Recipe((target + rule.target).format(**values), part.file, rule.operation, tuple(needs), rule.dtype)
-
-
-def _step(recipe: Recipe, source: Source, dtype: torch.dtype, shape: Shape) -> Step:
-    file_dtype = torch.float32 if recipe.file == "token2wav" else dtype
-    compute = OPERATIONS[recipe.operation]
-    if recipe.operation == rules.MEL_FILTERS:
-        compute = partial(transforms.mel_filters, source.config.encoder.num_mels)
-    return Step(
-        target=recipe.target,
-        file=recipe.file,
-        operation=recipe.operation,
-        dtype=recipe.dtype or NAMES[file_dtype],
-        shape=shape,
-        needs=recipe.needs,
-        sources=tuple(source.tensors.get(need.name) for need in recipe.needs),
-        compute=compute,
-    )
+    target = (target + rule.target).format(**values)
+    return Recipe(target, part.file, rule.operation, tuple(needs), rule.dtype or part.dtype, rule.split)

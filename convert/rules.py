@@ -3,26 +3,55 @@
 A Rule makes one target tensor from source tensors with one operation; a Section repeats rules over layers, stages or
 blocks and puts prefixes before their names. The order of the rules is the order in the file, which is the order of use.
 Shapes are written in the letters of `sizes.py`; `{i}` and the like are counted by a section's `over`.
-
-    operation         source -> target
-    ROWS              one tensor, or several one after another along the first axis; only the dtype may change
-    FLAT              the same values without the leading axes of size 1
-    FOLD              weight norm: (g, v) -> v * g / ||v||, the norm over all axes but the first
-    EXP               log scale -> scale
-    INVERSE_BETA      log beta -> 1 / (exp(beta) + 1e-9)
-    MEAN, STD         the first half as it is; the square root of the second half (a variance)
-    EQUAL             many equal copies -> one
-    MEL_FILTERS       nothing -> Slaney's mel filter bank for 16 kHz and windows of 400 samples
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-ROWS, FLAT, FOLD, EXP, INVERSE_BETA = "rows", "flat", "fold", "exp", "inverse_beta"
-MEAN, STD, EQUAL, MEL_FILTERS = "mean", "std", "equal", "mel_filters"
+from torch import Tensor
+
+from covo_npu.convert import transforms
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Operation:
+    """What a rule does with its inputs. done: the summary's word for it.
+
+    compute: None: the inputs one after another along the first axis, as streams; see write.py.
+    """
+
+    name: str
+    done: str
+    compute: Callable[..., Tensor] | None
+
+
+ROWS = Operation("rows", "copied", None)
+FOLD = Operation("fold", "folded", transforms.fold_weight_norm)  # (g, v) -> v * g / ||v||
+EXP = Operation("exp", "computed", transforms.exp)  # log scale -> scale
+INVERSE_BETA = Operation("inverse_beta", "computed", transforms.inverse_beta)  # log beta -> 1 / (exp(beta) + 1e-9)
+MEAN = Operation("mean", "copied", transforms.mean)  # the first half
+STD = Operation("std", "computed", transforms.std)  # the square root of the second half, a variance
+EQUAL = Operation("equal", "merged", transforms.equal)  # many equal copies -> one
+INT8 = Operation("int8", "quantised", None)  # the inputs one after another, each row by transforms.quantise
+SCALES = Operation("scales", "computed", None)  # what the INT8 rule of the same weight found: a scale a row
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Along which axis of its inputs a rule is shared by tensor-parallel ranks; None: every rank has all of it."""
+
+    name: str
+    axis: int | None
+
+
+WHOLE = Split("none", None)
+HEADS = Split("heads", 0)  # rows, of which a head has D: plan.py sees to it that no head is cut
+SPLIT_ROWS = Split("rows", 0)  # the outputs of a product; zeros are added if they cannot be shared evenly
+COLUMNS = Split("columns", 1)  # the inputs of a product: the ranks' products are summed
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
     """A source tensor by name (with `*`: all that match) and its shape; without a name: zeros of that shape."""
 
     name: str
@@ -31,12 +60,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One target tensor. dtype None: that of the file."""
+    """One target tensor. dtype None: that of the part."""
 
     target: str
-    operation: str
-    sources: tuple[Source, ...]
+    operation: Operation
+    inputs: tuple[Input, ...]
     dtype: str | None = None
+    split: Split = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +81,25 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network: its file, the letters that its shapes are written in (a function of sizes.py), its rules."""
+    """One network: its file, the letters that its shapes are written in (a function of sizes.py), its rules.
+
+    dtype: None: as asked with --dtype.
+    """
 
     file: str
     letters: str
     rules: tuple[Section, ...]
+    dtype: str | None = None
 
 
-def same(name: str, shape: str) -> Rule:
+def same(name: str, shape: str, split: Split = WHOLE) -> Rule:
     """Return the rule of a tensor that keeps its name."""
-    return Rule(name, ROWS, (Source(name, shape),))
+    return Rule(name, ROWS, (Input(name, shape),), split=split)
 
 
-def renamed(target: str, source: str, shape: str) -> Rule:
+def renamed(target: str, source: str, shape: str, split: Split = WHOLE) -> Rule:
     """Return the rule of a tensor under another name."""
-    return Rule(target, ROWS, (Source(source, shape),))
+    return Rule(target, ROWS, (Input(source, shape),), split=split)
 
 
 def affine(target: str, source: str, weight: str, bias: str) -> tuple[Rule, Rule]:
@@ -76,7 +110,7 @@ def affine(target: str, source: str, weight: str, bias: str) -> tuple[Rule, Rule
 def normed_conv(target: str, source: str, norm: str, weight: str, bias: str) -> tuple[Rule, Rule]:
     """Return the rules of a weight-normed convolution."""
     return (
-        Rule(f"{target}.weight", FOLD, (Source(f"{source}.weight_g", norm), Source(f"{source}.weight_v", weight))),
+        Rule(f"{target}.weight", FOLD, (Input(f"{source}.weight_g", norm), Input(f"{source}.weight_v", weight))),
         renamed(f"{target}.bias", f"{source}.bias", bias),
     )
 
@@ -84,8 +118,8 @@ def normed_conv(target: str, source: str, norm: str, weight: str, bias: str) -> 
 def snake(target: str, source: str, channels: str) -> tuple[Rule, Rule]:
     """Return the rules of one SnakeBeta activation."""
     return (
-        Rule(f"{target}.alpha", EXP, (Source(f"{source}.act.alpha", channels),)),
-        Rule(f"{target}.inverse_beta", INVERSE_BETA, (Source(f"{source}.act.beta", channels),)),
+        Rule(f"{target}.alpha", EXP, (Input(f"{source}.act.alpha", channels),)),
+        Rule(f"{target}.inverse_beta", INVERSE_BETA, (Input(f"{source}.act.beta", channels),)),
     )
 
 
@@ -100,36 +134,42 @@ LLM = (
                 "qkv_proj.weight",
                 ROWS,
                 (
-                    Source("self_attn.q_proj.weight", "HD C"),
-                    Source("self_attn.k_proj.weight", "GD C"),
-                    Source("self_attn.v_proj.weight", "GD C"),
+                    Input("self_attn.q_proj.weight", "HD C"),
+                    Input("self_attn.k_proj.weight", "GD C"),
+                    Input("self_attn.v_proj.weight", "GD C"),
                 ),
+                split=HEADS,
             ),
             Rule(
                 "qkv_proj.bias",
                 ROWS,
                 (
-                    Source("self_attn.q_proj.bias", "HD"),
-                    Source("self_attn.k_proj.bias", "GD"),
-                    Source("self_attn.v_proj.bias", "GD"),
+                    Input("self_attn.q_proj.bias", "HD"),
+                    Input("self_attn.k_proj.bias", "GD"),
+                    Input("self_attn.v_proj.bias", "GD"),
                 ),
+                split=HEADS,
             ),
-            renamed("o_proj.weight", "self_attn.o_proj.weight", "C HD"),
+            renamed("o_proj.weight", "self_attn.o_proj.weight", "C HD", COLUMNS),
             same("post_attention_layernorm.weight", "C"),
             Rule(
                 "gate_up_proj.weight",
                 ROWS,
-                (Source("mlp.gate_proj.weight", "F C"), Source("mlp.up_proj.weight", "F C")),
+                (Input("mlp.gate_proj.weight", "F C"), Input("mlp.up_proj.weight", "F C")),
+                split=SPLIT_ROWS,
             ),
-            renamed("down_proj.weight", "mlp.down_proj.weight", "C F"),
+            renamed("down_proj.weight", "mlp.down_proj.weight", "C F", COLUMNS),
         ),
         over=("i", "layers"),
     ),
-    Section("llm.", "llm.", (renamed("norm.weight", "model.norm.weight", "C"), same("lm_head.weight", "V C"))),
+    Section(
+        "llm.",
+        "llm.",
+        (renamed("norm.weight", "model.norm.weight", "C"), same("lm_head.weight", "V C", SPLIT_ROWS)),
+    ),
 )
 
 ENCODER = (
-    Section("frontend.", "", (Rule("mel_filters", MEL_FILTERS, (), dtype="F32"),)),
     Section(
         "encoder.",
         "encoder.",
@@ -148,15 +188,15 @@ ENCODER = (
                 "qkv_proj.weight",
                 ROWS,
                 (
-                    Source("self_attn.q_proj.weight", "C C"),
-                    Source("self_attn.k_proj.weight", "C C"),
-                    Source("self_attn.v_proj.weight", "C C"),
+                    Input("self_attn.q_proj.weight", "C C"),
+                    Input("self_attn.k_proj.weight", "C C"),
+                    Input("self_attn.v_proj.weight", "C C"),
                 ),
             ),
             Rule(  # Whisper's keys have no bias
                 "qkv_proj.bias",
                 ROWS,
-                (Source("self_attn.q_proj.bias", "C"), Source("", "C"), Source("self_attn.v_proj.bias", "C")),
+                (Input("self_attn.q_proj.bias", "C"), Input("", "C"), Input("self_attn.v_proj.bias", "C")),
             ),
             *affine("o_proj", "self_attn.out_proj", "C C", "C"),
             *affine("final_layer_norm", "final_layer_norm", "C", "C"),
@@ -181,23 +221,23 @@ ADAPTER = (
     ),
 )
 
-# The source of these are .npy files, under the names that source.py gives them.
+# The source of these are .npy files, under the names that speech.py gives them.
 VOICE = (
     Section(
         "voice.",
         "voice.",
         (
-            Rule("prompt_codes", FLAT, (Source("prompt_token", "1 P"),), dtype="I64"),
-            Rule("prompt_latents", FLAT, (Source("prompt_latent", "1 T Z"),)),
-            Rule("speaker_embedding", FLAT, (Source("speaker_embed", "1 spk"),)),
+            Rule("prompt_codes", ROWS, (Input("prompt_codes", "P"),), dtype="I64"),
+            same("prompt_latents", "T Z"),
+            same("speaker_embedding", "spk"),
         ),
     ),
     Section(
         "statistics.",
         "",
         (
-            Rule("mean", MEAN, (Source("global_mean_var", "2Z"),)),
-            Rule("std", STD, (Source("global_mean_var", "2Z"),)),
+            Rule("mean", MEAN, (Input("global_mean_var", "2Z"),)),
+            Rule("std", STD, (Input("global_mean_var", "2Z"),)),
         ),
     ),
 )
@@ -224,9 +264,9 @@ DIT = (
                         "qkv_proj.weight",
                         ROWS,
                         (
-                            Source("attn.q_proj.weight", "C C"),
-                            Source("attn.k_proj.weight", "C C"),
-                            Source("attn.v_proj.weight", "C C"),
+                            Input("attn.q_proj.weight", "C C"),
+                            Input("attn.k_proj.weight", "C C"),
+                            Input("attn.v_proj.weight", "C C"),
                         ),
                     ),
                     *affine("o_proj", "attn.o_proj", "C C", "C"),
@@ -250,16 +290,16 @@ VOCODER = (
                 "filters.up",
                 EQUAL,
                 (
-                    Source("resblocks.*.activations.*.upsample.filter", "1 1 taps"),
-                    Source("activation_post.upsample.filter", "1 1 taps"),
+                    Input("resblocks.*.activations.*.upsample.filter", "1 1 taps"),
+                    Input("activation_post.upsample.filter", "1 1 taps"),
                 ),
             ),
             Rule(
                 "filters.down",
                 EQUAL,
                 (
-                    Source("resblocks.*.activations.*.downsample.lowpass.filter", "1 1 taps"),
-                    Source("activation_post.downsample.lowpass.filter", "1 1 taps"),
+                    Input("resblocks.*.activations.*.downsample.lowpass.filter", "1 1 taps"),
+                    Input("activation_post.downsample.lowpass.filter", "1 1 taps"),
                 ),
             ),
             *normed_conv("conv_pre", "conv_pre", "first 1 1", "first Z 7", "first"),
@@ -295,8 +335,31 @@ VOCODER = (
     ),
 )
 
-MODEL = (Part("llm", "llm", LLM), Part("encoder", "encoder", ENCODER), Part("encoder", "adapter", ADAPTER))
-SPEECH = (Part("token2wav", "voice", VOICE), Part("token2wav", "dit", DIT), Part("token2wav", "vocoder", VOCODER))
+# The weights of the LLM that --weights int8 is about: those that every token multiplies in every layer.
+PRODUCTS = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
+
+
+def quantised(section: Section) -> Section:
+    """Return a section whose PRODUCTS are held in 8 bits, each followed by its scales."""
+    rules: list[Rule | Section] = []
+    for rule in section.rules:
+        if isinstance(rule, Rule) and rule.target in PRODUCTS:
+            scales = rule.target.removesuffix("weight") + "scale"
+            split = rule.split if rule.split.axis == 0 else WHOLE  # what is one number a row stays whole under COLUMNS
+            rules.append(replace(rule, operation=INT8, dtype="I8"))
+            rules.append(Rule(scales, SCALES, rule.inputs, dtype="F32", split=split))
+        else:
+            rules.append(rule)
+    return replace(section, rules=tuple(rules))
+
+
+LLMS = {"float": Part("llm", "llm", LLM), "int8": Part("llm", "llm", tuple(map(quantised, LLM)))}
+MODEL = (Part("encoder", "encoder", ENCODER), Part("encoder", "adapter", ADAPTER))
+SPEECH = (
+    Part("token2wav", "voice", VOICE, "F32"),
+    Part("token2wav", "dit", DIT, "F32"),
+    Part("token2wav", "vocoder", VOCODER, "F32"),
+)
 
 # Source tensors that are left out on purpose: (name with `*`, reason). What no table names is left out as NOT_NEEDED.
 LEFT_OUT = (
@@ -304,6 +367,7 @@ LEFT_OUT = (
     ("*.rotary_emb.inv_freq", "derived: computed from the sizes"),
 )
 NOT_NEEDED = "not needed for inference"
+NOT_LISTED = "not needed, and the index does not list it"
 
 # Other spellings of the names in token2wav's pickle: (regular expression, replacement).
 SPELLINGS = (
@@ -321,15 +385,3 @@ SPECIAL_TOKENS = (
     ("cAUDIO", "<|cAUDIO|>"),
     ("endofcAUDIO", "<|endofcAUDIO|>"),
 )
-
-# Sampling defaults of a converted checkpoint, in Hugging Face's words where they have one. Greedy.
-GENERATION = {
-    "do_sample": False,
-    "temperature": 0.0,
-    "top_k": 50,
-    "top_p": 0.9,
-    "repetition_penalty": 1.05,
-    "window_penalty": 1.05,
-    "window": 8,
-    "max_new_tokens": 2048,
-}

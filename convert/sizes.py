@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from covo_npu.runtime.config import ModelConfig, Token2WavConfig
+from covo_npu.runtime.checkpoint.config import ModelConfig, Token2WavConfig
 
 Letters = dict[str, int]
 
@@ -70,7 +70,6 @@ def dit(config: ModelConfig, at: Mapping[str, int]) -> Letters:
         "time": sizes.time_dim,
         "C+spk": sizes.hidden_size + sizes.speaker_dim,
         "C+2Z": sizes.hidden_size + 2 * sizes.latent_dim,
-        "groups": sizes.conv_groups,
         "C/groups": sizes.hidden_size // sizes.conv_groups,
         "K_conv": sizes.conv_kernel_size,
         "K_up": 2 * sizes.upsample_factor,

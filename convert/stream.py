@@ -17,14 +17,14 @@ from typing import Protocol
 
 import xxhash
 
-from covo_npu.runtime.checkpoint import BLOCK_BYTES
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES, WrittenFile
 
 RING = 3  # one block being filled, one being written, one between them
 DIRECT_UNIT = 4096  # what direct I/O wants of offset, length and address; the address of a mapping has it
 MODE = 0o644
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """Bytes to come: `bytes` in all, handed out in order."""
 
     @property
@@ -118,9 +118,9 @@ class SourceFile:
 
 
 def write_file(
-    path: Path, streams: Iterable[Stream], advance: Callable[[int], object] = lambda count: None
-) -> tuple[int, list[str]]:
-    """Return (bytes, xxh3-128 of each block of 16 MiB) of the new file that holds the streams one after another.
+    path: Path, streams: Iterable[ByteStream], advance: Callable[[int], object] = lambda count: None
+) -> WrittenFile:
+    """Return the record of a new file that holds the streams one after another.
 
     The file is on the disk when this returns. advance is told of bytes as they are written. Raises OSError.
     """
@@ -150,7 +150,13 @@ def write_file(
             flush()
         digests += [future.result() for future in busy[len(digests) :]]
         target.sync()
-    return size, digests
+    return WrittenFile(size, digests)
+
+
+def let_others_read(path: Path, mode: int = MODE) -> None:
+    """Give a new file or folder its mode, whatever the umask; file systems without modes keep theirs."""
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        path.chmod(mode)
 
 
 def _flush(target: "_Target", block: memoryview, offset: int, advance: Callable[[int], object]) -> str:
@@ -173,7 +179,7 @@ class _Target:
                 raise
             path.unlink(missing_ok=True)
             self._fd = os.open(path, flags, MODE)
-        os.fchmod(self._fd, MODE)  # whatever the umask: others may read checkpoints
+        let_others_read(path)
 
     def write(self, block: memoryview, offset: int) -> None:
         """Write a block, wholly. The block lies at the start of a page, the offset is a multiple of BLOCK_BYTES."""

@@ -1,7 +1,9 @@
 """The tokenizer of a source checkpoint as one tokenizer.json, its special tokens looked up by name and checked."""
 
+import codecs
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from tokenizers import Tokenizer
 
 from covo_npu.convert import rules
 from covo_npu.convert.config import read_json
-from covo_npu.convert.errors import ConvertError, refuse
+from covo_npu.convert.errors import ConvertError, Kind, refuse
 from covo_npu.runtime.tokenizer import is_damage
 
 TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 SLOW_FILES = ("vocab.json", "merges.txt")
+OTHER = "Is this the tokenizer that belongs to these weights?"
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -32,15 +35,15 @@ def read_tokenizer(folder: Path, audio_token_index: int) -> TokenizerFiles:
     """Return the tokenizer of a source folder.
 
     tokenizer.json is taken as it is, or built from vocab.json and merges.txt; tokens that only tokenizer_config.json
-    or added_tokens.json list are added under their ids. Raises ConvertError if a special token is missing or the
-    number of tokens is not audio_token_index, the first id of an audio code.
+    or added_tokens.json list are added under their ids; truncation and padding are taken out. Raises ConvertError if a
+    special token is missing or the number of tokens is not audio_token_index, the first id of an audio code.
     """
     extra = tuple(path for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (path := folder / name).is_file())
     if (folder / TOKENIZER).is_file():
         files, text = (folder / TOKENIZER, *extra), (folder / TOKENIZER).read_bytes()
     else:
         files, text = (*(folder / name for name in SLOW_FILES), *extra), _build(folder)
-    text = _with_added_tokens(folder, text)
+    text = _settled(folder, text)
     tokenizer = _parse(folder, text)
     ids = {name: tokenizer.token_to_id(token) for name, token in rules.SPECIAL_TOKENS}
     wrong = [
@@ -49,19 +52,20 @@ def read_tokenizer(folder: Path, audio_token_index: int) -> TokenizerFiles:
         if (found := tokenizer.token_to_id(token)) != entry["id"]
     ]
     size = tokenizer.get_vocab_size(with_added_tokens=True)
+    count = f"expected audio_token_index of config.json, {audio_token_index}; found {size} tokens"
     refuse(
         f"the tokenizer of {folder}",
-        {
-            "special tokens are missing": [token for name, token in rules.SPECIAL_TOKENS if ids[name] is None],
-            "added tokens have another id": wrong,
-            "the number of tokens is not where the audio codes start": [
-                f"expected audio_token_index of config.json, {audio_token_index}; found {size} tokens"
-            ]
-            * (size != audio_token_index),
-        },
-        "Is this the tokenizer that belongs to these weights?",
+        Kind("special tokens are missing", [token for name, token in rules.SPECIAL_TOKENS if ids[name] is None], OTHER),
+        Kind("added tokens have another id", wrong, OTHER),
+        Kind("the number of tokens is not where the audio codes start", [count] * (size != audio_token_index), OTHER),
     )
     return TokenizerFiles(text, {name: i for name, i in ids.items() if i is not None}, files)
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that read_tokenizer would read; some may not be there."""
+    slow = () if os.path.lexists(folder / TOKENIZER) else SLOW_FILES
+    return (TOKENIZER, *slow, TOKENIZER_CONFIG, ADDED_TOKENS)
 
 
 def _build(folder: Path) -> bytes:
@@ -98,16 +102,22 @@ def _added(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _with_added_tokens(folder: Path, text: bytes) -> bytes:
-    """Return tokenizer.json with the added tokens that it lacks; unchanged, byte for byte, if it lacks none."""
+def _settled(folder: Path, text: bytes) -> bytes:
+    """Return tokenizer.json with the added tokens that it lacks, without truncation and padding: those belong to a use.
+
+    It is returned byte for byte if there is nothing to change.
+    """
+    text = text.removeprefix(codecs.BOM_UTF8)
     data, added = _object(folder, text), _added(folder)
     with _damage_of(folder / TOKENIZER):
         present = {entry["content"] for entry in data.get("added_tokens", [])}
         lacking = [entry for token, entry in added.items() if token not in present]
-        if not lacking:
+        uses = [key for key in ("truncation", "padding") if data.get(key) is not None]
+        if not lacking and not uses:
             return text
+        data |= dict.fromkeys(uses)
         data["added_tokens"] = sorted([*data.get("added_tokens", []), *lacking], key=lambda entry: entry["id"])
-    return json.dumps(data, ensure_ascii=False, indent=2).encode()
+        return json.dumps(data, ensure_ascii=False, indent=2).encode()
 
 
 @contextlib.contextmanager
@@ -122,7 +132,7 @@ def _damage_of(path: Path) -> Iterator[None]:
 def _object(folder: Path, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{folder / TOKENIZER}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ConvertError(f"{folder / TOKENIZER}: expected a JSON object, found {type(value).__name__}")

@@ -4,25 +4,13 @@ Sums and powers run in float64 and are rounded once, so that the result does not
 """
 
 import math
-from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = 127  # of an 8-bit weight: symmetric, so that no number needs an offset
 SNAKE_EPS = 1e-9  # upstream's guard against a division by zero
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in another dtype, rounded to nearest even. Raises OverflowError if a value becomes infinite."""
-    result = tensor.to(dtype)
-    if bool((result.isinf() & ~tensor.isinf()).any()):
-        raise OverflowError(f"values up to {float(tensor.abs().max()):g} do not fit into {dtype}")
-    return result
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """Return the tensor without its leading axis of size 1."""
-    return tensor.squeeze(0)
 
 
 def fold_weight_norm(g: Tensor, v: Tensor) -> Tensor:
@@ -44,6 +32,19 @@ def inverse_beta(log_beta: Tensor) -> Tensor:
     return (log_beta.double().exp() + SNAKE_EPS).reciprocal().to(log_beta.dtype)
 
 
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (whole numbers int8 [n, K], scales float32 [n]): rows to within half a scale. rows: [n, K] float32.
+
+    scale = largest magnitude / 127, rounded to nearest even; numbers likewise. A row of zeros, or of numbers so small
+    that the scale would be below float32's normal range, becomes zeros with the scale 0. Inverse: numbers * scale.
+    """
+    scale = rows.abs().amax(1) / LARGEST
+    scale[scale < torch.finfo(torch.float32).smallest_normal] = 0
+    numbers = rows / torch.where(scale > 0, scale, torch.inf)[:, None]  # rounding leaves none above 127.0001
+    np.rint(numbers.numpy(), out=numbers.numpy())  # as round_(), which PyTorch spreads over cores from 2048 values on
+    return numbers.to(torch.int8), scale
+
+
 def mean(statistics: Tensor) -> Tensor:
     """Return the first half: the latents' mean [Z]. statistics: [2 Z], mean then variance."""
     return statistics[: statistics.numel() // 2]
@@ -63,37 +64,6 @@ def equal(*tensors: Tensor) -> Tensor:
                 f"copy {position} of {len(tensors)} differs from the first by up to {_gap(first, other):g}"
             )
     return first.flatten()
-
-
-def mel_filters(num_mels: int, rate: int = 16_000, n_fft: int = 400) -> Tensor:
-    """Return Slaney's mel filter bank [M, n_fft / 2 + 1] float32: triangles of equal area from 0 Hz to rate / 2.
-
-    Equal to librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=128) bit for bit.
-    Source: Slaney, Auditory Toolbox, Technical Report 1998-010.
-    """
-    frequencies = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (rate / n_fft)
-    top = _hertz_to_mel(rate / 2)
-    edges = torch.tensor([_mel_to_hertz(mel) for mel in _steps(0.0, top, num_mels + 2)], dtype=torch.float64)
-    ramps = edges[:, None] - frequencies[None, :]
-    width = edges.diff()[:, None]
-    triangles = torch.minimum(-ramps[:-2] / width[:-1], ramps[2:] / width[1:]).clamp(min=0).float()
-    return (triangles.double() * (2.0 / (edges[2:] - edges[:-2]))[:, None]).float()
-
-
-_LINEAR_HZ, _BREAK_HZ, _BREAK_MEL = 200.0 / 3, 1000.0, 15.0  # Slaney's scale: linear below 1 kHz, then logarithmic
-_LOG_STEP = math.log(6.4) / 27.0
-
-
-def _hertz_to_mel(hertz: float) -> float:
-    return hertz / _LINEAR_HZ if hertz < _BREAK_HZ else _BREAK_MEL + math.log(hertz / _BREAK_HZ) / _LOG_STEP
-
-
-def _mel_to_hertz(mel: float) -> float:
-    return mel * _LINEAR_HZ if mel < _BREAK_MEL else _BREAK_HZ * math.exp(_LOG_STEP * (mel - _BREAK_MEL))
-
-
-def _steps(first: float, last: float, count: int) -> Sequence[float]:
-    return [first + (last - first) / (count - 1) * i for i in range(count)]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -5,82 +5,87 @@ only what must be computed (at most one convolution of the vocoder at a time) be
 """
 
 import errno
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
-from covo_npu.convert import rules, transforms
+from covo_npu.convert import rules
 from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.plan import Plan, Step
-from covo_npu.convert.source import Source, SourceTensor
-from covo_npu.convert.stream import Bytes, SourceFile, Stream, Zeros, write_file
-from covo_npu.runtime import checkpoint
-from covo_npu.runtime.config import to_dict
+from covo_npu.convert.prefix import write_prefix
+from covo_npu.convert.quantize import QuantisedReader
+from covo_npu.convert.reading import CastReader, Columns, Reading, Rest, count_of, load
+from covo_npu.convert.shards import SourceTensor
+from covo_npu.convert.source import SourceCheckpoint
+from covo_npu.convert.stream import Bytes, ByteStream, Zeros, let_others_read, write_file
+from covo_npu.convert.values import Values, bits
+from covo_npu.kernels.errors import listed
+from covo_npu.runtime.checkpoint import format as checkpoint
+from covo_npu.runtime.checkpoint.config import to_dict
+from covo_npu.runtime.checkpoint.format import WrittenFile
 
-FILES = {"llm": "llm-rank0of1.safetensors", "encoder": checkpoint.ENCODER, "token2wav": checkpoint.TOKEN2WAV}
-CAST_BYTES = 2**20  # values are cast in pieces of this size, which stay in the cache of a core
 Advance = Callable[[int], object]
 
 
-class Reading:
-    """The open files of the source, and the digest of every tensor that was read to its end."""
+def write_checkpoint(
+    plan: Plan,
+    source: SourceCheckpoint,
+    folder: Path,
+    advance: Advance = lambda count: None,
+    allow_zeros: bool = False,
+    prefix: bool = True,
+) -> list[str]:
+    """Write all files of a plan into an empty folder, the manifest last, and return warnings on the values.
 
-    def __init__(self) -> None:
-        self.files: dict[Path, SourceFile] = {}
-        self.digests: dict[SourceTensor, str] = {}
-
-    def file(self, path: Path) -> SourceFile:
-        """Return the file, opened once."""
-        if path not in self.files:
-            self.files[path] = SourceFile(path)
-        return self.files[path]
-
-
-def write_checkpoint(plan: Plan, source: Source, folder: Path, advance: Advance = lambda count: None) -> dict[str, Any]:
-    """Write all files of a plan into an empty folder and return the body of the manifest, which is written last.
-
-    advance: told of bytes as they are written. Raises ConvertError if a value cannot be converted or the disk is full.
+    advance: told of bytes as they are written, then of those of the LLM's layers as the prefix is computed.
+    allow_zeros: whether a matrix of the source may be all zeros. prefix: whether the rows of the system prompt are
+    computed and written, too.
+    Raises ConvertError that names all tensors with a value that cannot be used, or if the disk is full.
     """
     reading = Reading()
-    files: dict[str, tuple[checkpoint.FilePlan | None, int, list[str]]] = {}
+    files: dict[str, WrittenFile] = {}
     try:
-        for stem, steps in plan.files().items():
-            layout = checkpoint.plan_file((step.target, step.dtype, step.shape) for step in steps)
-            files[FILES[stem]] = (layout, *write_file(folder / FILES[stem], _streams(layout, steps, reading), advance))
-        texts = {checkpoint.TOKENIZER: source.tokenizer.text, checkpoint.GENERATION_CONFIG: _pretty(rules.GENERATION)}
-        for name, text in texts.items():
-            files[name] = (None, *write_file(folder / name, [Bytes(text)], advance))
-        body = manifest_body(plan, source, files, reading.digests)
-        checkpoint.write_manifest(folder, body)
+        for name, steps in plan.files().items():
+            layout = checkpoint.plan_file((step.recipe.target, step.dtype, step.shape) for step in steps)
+            written = write_file(folder / name, _streams(layout, steps, reading), advance)
+            files[name] = replace(written, layout=layout)
+        reading.refuse(str(source.folder), allow_zeros)
+        tokenizer = [Bytes(source.tokenizer.text)]
+        files[checkpoint.TOKENIZER] = write_file(folder / checkpoint.TOKENIZER, tokenizer, advance)
+        checkpoint.write_manifest(folder, manifest_body(plan, source, files, reading.digests))
+        if prefix:
+            files[checkpoint.PREFIX] = write_prefix(folder, advance)
+            checkpoint.write_manifest(folder, manifest_body(plan, source, files, reading.digests))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ConvertError(
             f"{folder.parent}: {error.strerror}; what was written is removed; make room and try again"
         ) from error
-    (folder / checkpoint.MANIFEST).chmod(0o644)
-    folder.chmod(0o755)
-    return body
+    let_others_read(folder / checkpoint.MANIFEST)
+    let_others_read(folder, 0o755)
+    return reading.warnings
 
 
 def manifest_body(
     plan: Plan,
-    source: Source,
-    files: Mapping[str, tuple[checkpoint.FilePlan | None, int, list[str]]],
+    source: SourceCheckpoint,
+    files: Mapping[str, WrittenFile],
     digests: Mapping[SourceTensor, str],
 ) -> dict[str, Any]:
     """Return the manifest without its own hash. No times and no paths: the same source gives the same bytes."""
     return {
         "producer": f"covo-npu {version('covo-npu')}",
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "tensor_parallel": {"size": 1, "ranks": [FILES["llm"]]},
+        "weights": plan.weights,
+        "tensor_parallel": {"size": plan.tp, "ranks": plan.ranks},
         "config": to_dict(plan.config),
         "special_tokens": dict(source.tokenizer.special_tokens),
         **checkpoint.manifest_files(files),
@@ -92,7 +97,7 @@ def manifest_body(
     }
 
 
-def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[str, dict[str, object]]:
+def source_record(source: SourceCheckpoint, digests: Mapping[SourceTensor, str]) -> dict[str, dict[str, object]]:
     """Return name -> size and xxh3-128 of every source file: what the checkpoint was made of.
 
     A small file has the digest of its bytes. That of a file of tensors is over a line "name digest" of each tensor that
@@ -104,7 +109,7 @@ def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[s
         record[name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     groups: dict[str, list[SourceTensor]] = defaultdict(list)
     for tensor in digests:
-        if tensor.path.is_file():  # not the zeros that stand for an absent voice
+        if tensor.file:
             groups[tensor.file].append(tensor)
     for name, tensors in groups.items():
         digest = xxhash.xxh3_128()
@@ -117,10 +122,10 @@ def source_record(source: Source, digests: Mapping[SourceTensor, str]) -> dict[s
 # --- steps to streams
 
 
-def _streams(layout: checkpoint.FilePlan, steps: list[Step], reading: Reading) -> Iterator[Stream]:
+def _streams(layout: checkpoint.FilePlan, steps: list[Step], reading: Reading) -> Iterator[ByteStream]:
     """Yield the bytes of a file: header, tensors, the pads between them."""
     yield Bytes(layout.header)
-    by_name = {step.target: step for step in steps}
+    by_name = {step.recipe.target: step for step in steps}
     for name, entry in layout.entries.items():
         if name.startswith(checkpoint.PAD_PREFIX):
             yield Zeros(entry.bytes)
@@ -128,107 +133,66 @@ def _streams(layout: checkpoint.FilePlan, steps: list[Step], reading: Reading) -
             yield from _step_streams(by_name[name], reading)
 
 
-def _step_streams(step: Step, reading: Reading) -> Iterator[Stream]:
-    """Yield the bytes of one target tensor."""
-    dtype = step.torch_dtype
-    if step.compute is None:
-        for need, tensor in zip(step.needs, step.sources, strict=True):
-            yield Zeros(_size(need.shape, dtype)) if tensor is None else _Cast(_Reader(tensor, reading), dtype)
+def _step_streams(step: Step, reading: Reading) -> Iterator[ByteStream]:
+    """Yield the bytes of one target tensor. Each stream is read to its end before the next one is asked for."""
+    operation = step.recipe.operation
+    if operation is rules.SCALES:
+        yield from _scales(step, reading)
+    elif operation in (rules.ROWS, rules.INT8):
+        for need, tensor in zip(step.recipe.needs, step.sources, strict=True):
+            if tensor is None:
+                yield Zeros(prod(need.shape) * step.torch_dtype.itemsize)
+            else:
+                yield from _rows(tensor, step, reading)
     else:
-        yield _computed(step, dtype, reading)
+        yield _computed(step, reading)
 
 
-def _computed(step: Step, dtype: torch.dtype, reading: Reading) -> Stream:
-    inputs = [_load(tensor, reading) for tensor in step.sources if tensor is not None]
-    wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
-    assert step.compute is not None
+def _rows(tensor: SourceTensor, step: Step, reading: Reading) -> Iterator[ByteStream]:
+    """Yield the bytes of a source tensor, or of a rank's share. The ranks' files are written one after another."""
+
+    def whole() -> ByteStream:
+        if step.recipe.operation is rules.INT8:
+            return QuantisedReader(tensor, reading)
+        return CastReader(tensor, step.dtype, reading)
+
+    entry, share = step.torch_dtype.itemsize, step.share(tensor.shape)
+    row = prod(tensor.shape[1:]) * entry
+    if share is None:
+        yield whole()
+    elif share.axis == 0:
+        yield Rest(reading.reader(tensor, whole), (share.stop - share.start) * row)
+        yield Zeros(share.zeros * row)
+    else:
+        assert not share.zeros, "columns are shared evenly"
+        yield Columns(whole(), row, share.start * entry, share.stop * entry)
+
+
+def _scales(step: Step, reading: Reading) -> Iterator[ByteStream]:
+    """Yield the scales of the 8-bit weight that was written last."""
+    for tensor in step.sources:
+        assert tensor is not None
+        scales, share = torch.cat(reading.scales[tensor]), step.share(tensor.shape)
+        yield Bytes(bits(scales if share is None else scales[share.start : share.stop].contiguous()))
+        yield Zeros(share.zeros * scales.itemsize if share else 0)
+
+
+def _computed(step: Step, reading: Reading) -> ByteStream:
+    recipe, inputs = step.recipe, [tensor for tensor in step.sources if tensor is not None]
+    assert recipe.operation.compute is not None
+    before = reading.unusable
+    values = [load(tensor, "F32", reading) for tensor in inputs]
+    if reading.unusable > before:
+        return Zeros(step.bytes)  # nothing of it will stay
+    origin = f"{recipe.operation.name} of {listed([tensor.name for tensor in inputs], 2, ' and ')}"
     try:
-        result = step.compute(*wide)
+        result = recipe.operation.compute(*values)
     except ValueError as error:
-        raise ConvertError(f"{step.target}, made of {step.needs[0].name} and others: {error}") from error
-    assert tuple(result.shape) == step.shape, f"{step.target}: {tuple(result.shape)} for {step.shape}"
-    return Bytes(_view(result.to(dtype)))
-
-
-class _Reader:
-    """The bytes of one source tensor in order, hashed as they pass."""
-
-    def __init__(self, tensor: SourceTensor, reading: Reading) -> None:
-        self.tensor, self._reading = tensor, reading
-        self._memory = None if tensor.values is None else _view(tensor.values)
-        self._hash = xxhash.xxh3_128()
-        self._at = 0
-
-    @property
-    def bytes(self) -> int:
-        """How many there are."""
-        return self.tensor.bytes
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill the view with the next bytes; the last call notes the digest."""
-        if self._memory is None:
-            self._read_file(view)
-        else:
-            view[:] = self._memory[self._at : self._at + view.nbytes]
-        self._hash.update(view)
-        self._at += view.nbytes
-        if self._at == self.bytes:
-            self._reading.digests[self.tensor] = self._hash.hexdigest()
-
-    def _read_file(self, view: memoryview) -> None:
-        tensor = self.tensor
-        try:
-            self._reading.file(tensor.path).read_into(view, tensor.offset + self._at)
-        except EOFError as error:
-            raise ConvertError(
-                f"{tensor.path}: {error} while {tensor.name} is read; was the file changed meanwhile?"
-            ) from error
-
-
-class _Cast:
-    """The bytes of a source tensor in another dtype, or as they are."""
-
-    def __init__(self, reader: _Reader, dtype: torch.dtype) -> None:
-        self._reader, self._from, self._to = reader, reader.tensor.dtype, dtype
-
-    @property
-    def bytes(self) -> int:
-        """How many there are."""
-        return _size(self._reader.tensor.shape, self._to)
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill the view, whole values only."""
-        if self._from == self._to:
-            self._reader.read_into(view)
-            return
-        for start in range(0, view.nbytes, CAST_BYTES):
-            piece = view[start : start + CAST_BYTES]
-            raw = bytearray(piece.nbytes // self._to.itemsize * self._from.itemsize)
-            self._reader.read_into(memoryview(raw))
-            try:
-                values = transforms.cast(torch.frombuffer(raw, dtype=self._from), self._to)
-            except OverflowError as error:
-                tensor = self._reader.tensor
-                raise ConvertError(f"{tensor.name} in {tensor.file}: {error}; choose another --dtype") from error
-            piece[:] = _view(values)
-
-
-def _load(tensor: SourceTensor, reading: Reading) -> Tensor:
-    """Return a whole source tensor. Only for those that are computed, the largest of which has 50 MB."""
-    reader = _Reader(tensor, reading)
-    data = torch.empty(tensor.bytes, dtype=torch.uint8)
-    reader.read_into(_view(data))
-    return data.view(tensor.dtype).view(tensor.shape)
-
-
-def _view(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _pretty(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+        reading.computed.append(f"{recipe.target}, {origin}: {error}")
+        return Zeros(step.bytes)
+    assert tuple(result.shape) == step.shape, f"{recipe.target}: {tuple(result.shape)} for {step.shape}"
+    data, seen = bits(result.to(step.torch_dtype)), Values(step.dtype)
+    seen.see(data)
+    if seen.not_finite:
+        reading.computed.append(f"{recipe.target}, {origin}: {count_of(seen, step.shape)}")
+    return Bytes(data)
