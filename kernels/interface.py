@@ -1,14 +1,20 @@
 """The contract between the networks and the hardware: what every backend computes, with fixed layouts.
 
-Letters: B batch or slots, S query length, T flat tokens, K key length, N heads of any kind, H query heads, G key/value
-heads, D head_dim, C channels, F feed-forward, L frames or samples. Functions are pure unless the docstring names what
-they write. A backend never changes a dtype beyond what is said here. `reference.py` is the contract as plain float32
-PyTorch; a backend that lacks a fused version names another backend's function, so that gaps can be counted.
+Letters, here and in runtime/: B batch or slots, S query length, T flat tokens, K key length, H heads (of queries, where
+G are those of keys and values), D head_dim, C channels, F feed-forward, V vocabulary, M mels, N samples, L frames or
+samples, Z latent channels. Functions are pure unless the docstring names what they write. A backend never changes a
+dtype beyond what is said here. `reference.py` is the contract as plain float32 PyTorch; a backend that lacks a fused
+version names another backend's function, so that gaps can be counted.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+# dtype of x: those of scale and bias that a backend's linear_int8 takes as they are. Networks hold them like that.
+Int8Dtypes = Mapping[torch.dtype, tuple[torch.dtype, torch.dtype]]
 
 SNAKE_CONTEXT = 5  # inputs on each side of a sample of anti_aliased_snake that it depends on
 
@@ -17,9 +23,18 @@ class Kernels(Protocol):
     """One backend. Passed to the constructors of the networks, never looked up."""
 
     name: str
+    int8_dtypes: Int8Dtypes
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias: [..., C_out]. x: [..., C_in]; weight: [C_out, C_in]; bias: [C_out]. One dtype."""
+        ...
+
+    def linear_int8(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return (x @ weight.T) * scale + bias in x.dtype: [..., C_out]. Weights in 8 bits, a scale an output channel.
+
+        x: [..., C_in]; weight: [C_out, C_in] int8; scale, bias: [C_out], of any floating dtype; those of int8_dtypes
+        cost nothing. Sums run in float32. Weights are never held in another form for longer than the call.
+        """
         ...
 
     def linear_gelu_tanh(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,7 +63,7 @@ class Kernels(Protocol):
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x rotated in the half form: x * cos + rotate_half(x) * sin, contiguous. Does not write x.
 
-        x: [B, S, N, D], q and k heads together, may be a strided view; cos, sin: [B or 1, S, 1, D] in x.dtype, both
+        x: [B, S, H + G, D], q and k heads together, may be a strided view; cos, sin: [B or 1, S, 1, D] in x.dtype, both
         halves filled.
         """
         ...
@@ -91,14 +106,25 @@ class Kernels(Protocol):
         """
         ...
 
+    def step_mask(self, attended: Tensor) -> Tensor:
+        """Return the mask that masked_decode_attention takes, in the backend's own form: once a step for all layers.
+
+        attended: [B, K_max] bool on the device, True for the valid rows of each slot, at least one.
+        """
+        ...
+
     def masked_decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, bound: int, scale: float
     ) -> Tensor:
         """Return decode_attention for a step that is captured once and replayed: its lengths are a tensor.
 
-        attended: [B, K_max] bool on the device, True for the valid rows of each slot, at least one; bound: no row from
-        `bound` on is attended, so none need be read. Takes nothing else from the host and never waits for the device.
+        mask: from step_mask; bound: no row from `bound` on is attended, so none need be read. Takes nothing else from
+        the host and never waits for the device.
         """
+        ...
+
+    def conv_weight(self, weight: Tensor) -> Tensor:
+        """Return a weight or bias as this backend's conv1d reads it fastest: called once, after loading."""
         ...
 
     def conv1d(

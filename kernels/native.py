@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covo_npu.kernels.interface import SNAKE_CONTEXT
+from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
 
 name = "native"
+int8_dtypes: Int8Dtypes = {dtype: (torch.float32, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+INT8_BLOCK = 512  # rows of 8-bit weights that the CPU makes wider at a time: what comes of them stays in the caches
 
 ONEDNN = torch.ops.mkldnn
 # What oneDNN's fused product multiplies here; nothing in a build without oneDNN.
@@ -17,31 +20,37 @@ FUSED_DTYPES = (
     if hasattr(ONEDNN, "_linear_pointwise")
     else ()
 )
-# Whether one row may go past oneDNN: measured with torch 2.13; what older releases have instead was not.
-PLAIN_ROW = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 conv1d = F.conv1d
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """On the CPU several rows of bfloat16 go straight to oneDNN, one row of 16-bit numbers goes past it.
+    """On the CPU bfloat16 goes straight to oneDNN, one row as a vector behind the weights.
 
-    Asked directly, oneDNN adds the bias while it stores; PyTorch first writes it, then adds the rounded product. But
-    oneDNN copies the weights into a layout of its own before it multiplies: for one row, as in decoding, PyTorch's own
-    kernel streams them at up to twice the rate. float32 stays with PyTorch, whose sums are twice as exact.
+    Asked directly, oneDNN adds the bias while it stores; PyTorch first writes it, then adds the rounded product. Before
+    it multiplies, oneDNN copies the right factor into a layout of its own: of x @ weight.T that is the weights, which
+    costs one row, as in decoding, more than the product; of weight @ x it is the row. float32 stays with PyTorch, whose
+    sums are twice as exact, and so does float16, which PyTorch multiplies by itself.
     """
-    one_row = x.numel() == x.shape[-1]
-    if not one_row and x.dtype == torch.bfloat16 and _fuses(x):
-        return _fused_linear(x, weight, bias)
-    if one_row and PLAIN_ROW and x.device.type == "cpu" and x.element_size() == 2:
-        onednn = torch.backends.mkldnn
-        enabled = onednn.enabled
-        onednn.enabled = False  # type: ignore[assignment]  # a property of the module
-        try:
-            return F.linear(x, weight, bias)
-        finally:
-            onednn.enabled = enabled
-    return F.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
+    if x.numel() == x.shape[-1]:
+        row = x.reshape(-1)
+        out = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return out.view(*x.shape[:-1], -1)
+    return _fused_linear(x, weight, bias) if _fuses(x) else F.linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The weights become numbers of x's dtype, which is exact, while they are multiplied; on the CPU block by block."""
+    size_out = weight.shape[0]
+    block = INT8_BLOCK if x.device.type == "cpu" else size_out
+    out = x.new_empty(*x.shape[:-1], size_out)
+    for start in range(0, size_out, block):
+        rows = slice(start, start + block)
+        y = linear(x, weight[rows].to(x.dtype)).float() * scale[rows].float()
+        out[..., rows] = y if bias is None else y + bias[rows].float()
+    return out
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,10 +134,18 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return _grouped_attention(q, k_cache, v_cache, attended, longest, scale)
 
 
+def step_mask(attended: Tensor) -> Tensor:
+    return attended
+
+
 def masked_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, bound: int, scale: float
 ) -> Tensor:
-    return _grouped_attention(q, k_cache, v_cache, attended[:, :bound], bound, scale)
+    return _grouped_attention(q, k_cache, v_cache, mask[:, :bound], bound, scale)
+
+
+def conv_weight(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _grouped_attention(

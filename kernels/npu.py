@@ -22,6 +22,7 @@ from torch import Tensor
 
 from covo_npu.kernels import native
 from covo_npu.kernels.errors import BackendError
+from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
 
 try:
     with contextlib.redirect_stdout(sys.stderr):  # it prints its warnings where results belong
@@ -29,16 +30,28 @@ try:
 except (ImportError, OSError, RuntimeError) as error:  # not installed; no CANN; of another torch
     raise BackendError(
         f"device npu: torch_npu cannot be imported ({str(error).splitlines()[0]}). It needs three things: (1) CANN, "
-        "toolkit and kernels, made known to this shell by `source /usr/local/Ascend/ascend-toolkit/set_env.sh`; "
-        "(2) a torch_npu that matches both: torch and torch_npu 2.9.0 for CANN 8.5.0, 2.12.0 for CANN 9.1.0 (found "
-        f"torch {torch.__version__}); (3) the driver: `npu-smi info` must list the device. See docs/on-hardware.md"
+        "toolkit and operators, made known to this shell by `source /usr/local/Ascend/cann/set_env.sh` (before CANN "
+        "8.5 ascend-toolkit instead of cann); (2) a torch_npu that matches both: torch and torch_npu 2.9.0 for "
+        f"CANN 8.5.0, 2.12.0 for CANN 9.1.0 (found torch {torch.__version__}); (3) the driver: "
+        "`npu-smi info` must list the device. See docs/on-hardware.md"
     ) from error
 
 name = "npu"
+int8_dtypes: Int8Dtypes = {
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float16),
+    torch.float32: (torch.float32, torch.float32),
+}
 log = logging.getLogger(__name__)
 
 MAX_CONV_LENGTH = 1_000_000  # per dimension. Source: aclnnConvolution, limits
+# The device's transposed 1-D convolution is made for one signal of at most so many channels and a result of more than
+# so many samples. Source: isConvTransposed1dSwitchHW of aclnn_convolution.cpp, hicann/ops-nn 8.5.0
+FAST_TRANSPOSED_CHANNELS, FAST_TRANSPOSED_LENGTH = 768, 4096
 NZ = 29  # ACL_FORMAT_FRACTAL_NZ. Source: op-plugin docs, npu_format_cast
+CONTEXT = 2 * SNAKE_CONTEXT  # samples that a block of the anti-aliased activation needs of the next one
+BLOCK = 64  # samples of a block: a wider one multiplies more zeros, a narrower one computes more elements twice
+PHASE = BLOCK + SNAKE_CONTEXT  # elements of one phase that the samples of a block depend on
 COMPRESSED_MASK = 2048  # sparse_mode 3 wants one triangle of this size whatever the lengths
 
 
@@ -86,6 +99,22 @@ def cast_weights_nz(module: torch.nn.Module) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Two dimensions: one launch with the bias in it, and the only form that reads NZ weights fast."""
     return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One launch, the weights as they lie: their transposed view is what the operator reads fastest.
+
+    It takes the scale in x.dtype: in bfloat16 a channel is off by 0.4 % at most, like one rounding of its results.
+    float32, which it does not multiply, is made of PyTorch's operators.
+    """
+    if x.dtype == torch.float32:
+        return native.linear_int8(x, weight, scale, bias)
+    scale_dtype, bias_dtype = int8_dtypes[x.dtype]
+    y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
+        x.reshape(-1, x.shape[-1]), weight.t(), scale.to(scale_dtype),
+        bias=None if bias is None else bias.to(bias_dtype),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -170,22 +199,32 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return out.view(num_slots, num_heads, head_dim)
 
 
+def step_mask(attended: Tensor) -> Tensor:
+    """[B, 1, 1, K_max], True where NOT attended."""
+    return attended.logical_not()[:, None, None]
+
+
 def masked_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, bound: int, scale: float
 ) -> Tensor:
     """The lengths that a graph would bake in are all `bound`; the mask, a tensor, does the rest."""
     num_slots, num_heads, head_dim = q.shape
-    num_kv_heads, dropped = k_cache.shape[1], attended.logical_not()[:, None, None]  # [B, 1, 1, K_max]
+    num_kv_heads = k_cache.shape[1]
     k, v = k_cache[:num_slots], v_cache[:num_slots]
     if q.dtype == torch.float32:
         grouped = q.view(num_slots, num_kv_heads, -1, head_dim)  # [B, G, H / G, D]
-        out = _plain_attention(grouped, k[:, :, :bound], v[:, :, :bound], scale, dropped[..., :bound])
+        out = _plain_attention(grouped, k[:, :, :bound], v[:, :, :bound], scale, mask[..., :bound])
         return out.reshape(num_slots, num_heads, head_dim)
     out = _fused_attention(
         q[:, :, None], k, v, "BNSD", scale, num_heads=num_heads, num_key_value_heads=num_kv_heads,
-        actual_seq_lengths_kv=[bound] * num_slots, atten_mask=dropped,
+        actual_seq_lengths_kv=[bound] * num_slots, atten_mask=mask,
     )  # fmt: skip
     return out.view(num_slots, num_heads, head_dim)
+
+
+def conv_weight(weight: Tensor) -> Tensor:
+    """bfloat16 in float32, as conv1d computes: no cast at every call."""
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
 
 
 def conv1d(
@@ -206,12 +245,15 @@ def conv1d(
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:
-    """16-bit types are computed in float32, the only dtype of the device's transposed convolution."""
+    """16-bit types are computed in float32, the only dtype of the device's transposed convolution.
+
+    As products where the device's convolution has no fast way and the kernel is a multiple of the stride.
+    """
     _check_length(x)
-    if x.dtype != torch.float32:
-        wide = None if bias is None else bias.float()
-        return F.conv_transpose1d(x.float(), weight.float(), wide, stride, padding).to(x.dtype)
-    return F.conv_transpose1d(x, weight, bias, stride, padding)
+    wide_bias = None if bias is None else bias.float()
+    in_products = weight.shape[-1] % stride == 0 and transposes_slowly(x, weight, stride, padding)
+    compute = _transposed_as_products if in_products else F.conv_transpose1d
+    return compute(x.float(), weight.float(), wide_bias, stride, padding).to(x.dtype)
 
 
 def anti_aliased_snake(
@@ -223,16 +265,44 @@ def anti_aliased_snake(
     starts: bool = True,
     ends: bool = True,
 ) -> Tensor:
-    """The polyphase form of native.anti_aliased_snake, in float32, the phases as channels of one convolution: fewer
-    launches than slices. Channels in the batch instead of depthwise filters; the filters uploaded once."""
+    """The polyphase form of native.anti_aliased_snake in float32, as products of blocks with banded matrices.
+
+    A convolution of one or two channels would be padded to eight (NC1HWC0, C0 = 8 in float32). Here the signal is cut
+    into rows of BLOCK samples; a block of both phases needs its row and the CONTEXT samples after it. Source of the
+    padding: aclnnConvolution, op_api of hicann/ops-nn 8.5.0; what it costs is counted in tests/npu/test_vocoder.py.
+    """
     batch, channels, _ = x.shape
-    wide = native.with_edges(x.float(), starts, ends)
-    _check_length(wide, batch * channels)
-    up_phases, down_phases = _phases(up, down, x.device)
-    y = F.conv1d(wide.reshape(batch * channels, 1, -1), up_phases).view(batch, channels, 2, -1)
-    y = torch.addcmul(y, torch.sin(y * alpha.float()[:, None, None]).square_(), inverse_beta.float()[:, None, None])
-    y = _held_edges(y, starts, ends)
-    return F.conv1d(y.view(batch * channels, 2, -1), down_phases).view(batch, channels, -1).to(x.dtype)
+    blocks = _blocks(x.float(), starts, ends)  # [B, C, n + 1, BLOCK], the last one filling
+    rows = blocks.view(-1, BLOCK)
+    whole, after, back = _bands(up, down, x.device)
+    y = rows.new_empty(len(rows), 2 * PHASE)  # the last row, with nothing after it, stays as it is: it is filling
+    torch.mm(rows[1:, :CONTEXT], after, out=y[:-1]).addmm_(rows[:-1], whole)
+    y = y.view(batch, channels, -1)
+    y = torch.addcmul(y, torch.sin(y * alpha.float()[:, None]).square_(), inverse_beta.float()[:, None])
+    length = x.shape[-1] + (CONTEXT // 2) * (starts + ends) - CONTEXT
+    _hold_edges(y.view(batch, channels, -1, 2, PHASE), length, starts, ends)
+    return torch.mm(y.view(-1, 2 * PHASE), back).view(batch, channels, -1)[..., :length].to(x.dtype)
+
+
+def transposes_slowly(x: Tensor, weight: Tensor, stride: int, padding: int = 0) -> bool:
+    """Return whether the device's own transposed convolution has no fast way for these shapes."""
+    batch, channels, length = x.shape
+    out_length = (length - 1) * stride - 2 * padding + weight.shape[-1]
+    return batch > 1 or channels > FAST_TRANSPOSED_CHANNELS or out_length <= FAST_TRANSPOSED_LENGTH
+
+
+def _transposed_as_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """Return F.conv_transpose1d of a kernel of n strides: one product in n parts, part m of it m inputs later."""
+    batch, channels, length = x.shape
+    out_channels, parts = weight.shape[1], weight.shape[2] // stride
+    y = torch.mm(x.transpose(1, 2).reshape(-1, channels), weight.reshape(channels, -1))
+    y = y.view(batch, length, out_channels, parts, stride)
+    out = F.pad(y[:, :, :, 0], (0, 0, 0, 0, 0, parts - 1))  # [B, L + n - 1, C_out, stride]
+    for m in range(1, parts):
+        out[:, m : m + length] += y[:, :, :, m]
+    out = out.permute(0, 2, 1, 3).reshape(batch, out_channels, -1)
+    out = out[..., padding : out.shape[-1] - padding]
+    return out if bias is None else out + bias[:, None]
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, layout: str, scale: float, **options: object) -> Tensor:
@@ -260,20 +330,41 @@ def _compressed_mask(device: torch.device) -> Tensor:
     return torch.ones(COMPRESSED_MASK, COMPRESSED_MASK, dtype=torch.bool).triu(1).to(device)
 
 
-def _held_edges(y: Tensor, starts: bool, ends: bool) -> Tensor:
-    """Return native.hold_edges in one launch. y: [B, C, 2, L], the even and the odd phase."""
-    left = [y[:, :, :1, 2:3].expand(-1, -1, 2, 3)] if starts else []
-    right = [y[:, :, 1:, -3:-2].expand(-1, -1, 2, 3)] if ends else []
-    inner = y[..., 3 if starts else 0 : y.shape[-1] - (3 if ends else 0)]
-    return torch.cat((*left, inner, *right), dim=-1)
+def _blocks(x: Tensor, starts: bool, ends: bool) -> Tensor:
+    """Return [B, C, n + 1, BLOCK]: native.with_edges, then the last sample again as often as it takes."""
+    half = CONTEXT // 2
+    length = x.shape[-1] + half * (starts + ends)
+    filling = (-(-(length - CONTEXT) // BLOCK) + 1) * BLOCK - length + half * ends
+    left = [x[..., :1].expand(-1, -1, half)] if starts else []
+    return torch.cat((*left, x, x[..., -1:].expand(-1, -1, filling)), dim=-1).unflatten(-1, (-1, BLOCK))
+
+
+def _hold_edges(y: Tensor, length: int, starts: bool, ends: bool) -> None:
+    """native.hold_edges on blocks of phases, [B, C, n, 2, PHASE]; neighbours overlap by CONTEXT / 2 elements."""
+    half = CONTEXT // 2
+    if starts:
+        y[:, :, 0, :, :3] = y[:, :, 0, :1, 2:3].clone()
+    if ends:
+        last = length + half - 3  # from here on the odd phase is held, and the even one too
+        for block in range(max(0, last - PHASE + 1 + BLOCK - 1) // BLOCK, (length - 1) // BLOCK + 1):
+            at = last - block * BLOCK
+            y[:, :, block, :, at:] = y[:, :, block, 1:, at : at + 1].clone()
 
 
 @functools.cache
-def _phases(up: tuple[float, ...], down: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the filters of the even and the odd phase, up [2, 1, 6] with the gain of zero stuffing, down [1, 2, 6]."""
-    up_phases = torch.tensor([[2 * tap for tap in up[11::-2]], [2 * tap for tap in up[10::-2]]])[:, None]
-    down_phases = torch.tensor([down[1::2], down[0::2]])[None]
-    return up_phases.to(device), down_phases.to(device)
+def _bands(up: tuple[float, ...], down: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the filters as banded matrices: up [BLOCK, 2 PHASE] and [CONTEXT, 2 PHASE], down [2 PHASE, BLOCK].
+
+    Element i of a phase is the sum over j of tap j * sample i + j, up with the gain of zero stuffing; sample i of the
+    result that over both phases of tap j * element i + j. See native.anti_aliased_snake.
+    """
+    forth, back = torch.zeros(BLOCK + CONTEXT, 2, PHASE), torch.zeros(2, PHASE, BLOCK)
+    for phase, (taps_up, taps_down) in enumerate(((up[11::-2], down[1::2]), (up[10::-2], down[0::2]))):
+        for j, (rise, fall) in enumerate(zip(taps_up, taps_down, strict=True)):
+            forth[:, phase].diagonal(-j)[:PHASE] = 2 * rise
+            back[phase].diagonal(-j)[:BLOCK] = fall
+    forth = forth.view(BLOCK + CONTEXT, -1)
+    return forth[:BLOCK].to(device), forth[BLOCK:].to(device), back.view(-1, BLOCK).to(device)
 
 
 def _check_length(x: Tensor, rows: int = 1) -> None:

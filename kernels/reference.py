@@ -7,13 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covo_npu.kernels.interface import SNAKE_CONTEXT
+from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
 
 name = "reference"
+int8_dtypes: Int8Dtypes = {dtype: (torch.float32, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = (x.float() @ weight.float().T) * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -84,15 +90,23 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return torch.cat(rows)
 
 
+def step_mask(attended: Tensor) -> Tensor:
+    return attended
+
+
 def masked_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, attended: Tensor, bound: int, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, bound: int, scale: float
 ) -> Tensor:
     num_slots, num_heads, head_dim = q.shape
     grouped = q.float().view(num_slots, k_cache.shape[1], -1, head_dim)  # [B, G, H / G, D]
     scores = torch.einsum("bghd,bgkd->bghk", grouped, k_cache[:num_slots, :, :bound].float()) * scale
-    weights = scores.masked_fill(~attended[:, None, None, :bound], -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~mask[:, None, None, :bound], -torch.inf).softmax(-1)
     out = torch.einsum("bghk,bgkd->bghd", weights, v_cache[:num_slots, :, :bound].float())
     return out.reshape(num_slots, num_heads, head_dim).to(q.dtype)
+
+
+def conv_weight(weight: Tensor) -> Tensor:
+    return weight
 
 
 def conv1d(

@@ -1,0 +1,67 @@
+"""The contract of interface.py on CPUs: products and attention of few rows in C, everything else PyTorch's.
+
+The C code is one shared library, built when covo-npu is installed if there is a C compiler; csrc/covo.h is a good
+first read. Without it `native` serves, and library.missing() says why.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from covo_npu.kernels import native
+from covo_npu.kernels.cpu import library
+from covo_npu.kernels.cpu.choice import Choice
+from covo_npu.kernels.interface import Int8Dtypes
+
+
+class CPU:
+    """The backend `cpu`: a Kernels. choice: which implementation multiplies what, and with which instructions.
+
+    With the same choice a machine gives the same bits, for any number of threads. A row of a product does not depend on
+    the other rows: in C it does not even depend on how many there are, up to where Choice goes over to PyTorch.
+    """
+
+    name = "cpu"
+    int8_dtypes: Int8Dtypes = native.int8_dtypes
+
+    linear_gelu_tanh = staticmethod(native.linear_gelu_tanh)
+    rms_norm = staticmethod(native.rms_norm)
+    add_rms_norm = staticmethod(native.add_rms_norm)
+    layer_norm = staticmethod(native.layer_norm)
+    rotary = staticmethod(native.rotary)
+    swiglu = staticmethod(native.swiglu)
+    gelu = staticmethod(native.gelu)
+    attention = staticmethod(native.attention)
+    write_kv = staticmethod(native.write_kv)
+    prefill_attention = staticmethod(native.prefill_attention)
+    step_mask = staticmethod(native.step_mask)
+    masked_decode_attention = staticmethod(native.masked_decode_attention)
+    conv_weight = staticmethod(native.conv_weight)
+    conv1d = staticmethod(native.conv1d)
+    conv_transpose1d = staticmethod(native.conv_transpose1d)
+    anti_aliased_snake = staticmethod(native.anti_aliased_snake)
+
+    def __init__(self, choice: Choice | None = None) -> None:
+        self.choice = choice or Choice.unmeasured()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Weights of 16 bits are read where they lie, once for all rows; float32 is PyTorch's."""
+        if library.multiplies(x, weight) and self.choice.ours(_num_rows(x), weight):
+            return library.linear(self.choice.instructions, x, weight, None, bias)
+        return native.linear(x, weight, bias)
+
+    def linear_int8(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The weights are read where they lie, once for all rows; where that does not pay, native makes them wider."""
+        if self.choice.ours(_num_rows(x), weight):
+            return library.linear(self.choice.instructions, x, weight, scale, bias)
+        return native.linear_int8(x, weight, scale, bias)
+
+    def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
+        """Scores, weights and sums in float32. Each slot reads its own rows alone, in chunks for all threads."""
+        if q.shape[-1] % library.HEAD_DIMS:
+            return native.decode_attention(q, k_cache, v_cache, lengths, scale)
+        return library.decode_attention(self.choice.instructions, q, k_cache, v_cache, lengths, scale)
+
+
+def _num_rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)

@@ -1,0 +1,130 @@
+/* Products and attention of few rows on CPUs: what the files of this folder share.
+ *
+ * Letters: M rows of x, N rows of the weights (columns of the result), K columns of both.
+ * One function per instruction set, chosen at run time; a set is a row of the table in sets.c.
+ */
+#ifndef COVO_H
+#define COVO_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BFLOAT16, FLOAT16, FLOAT32, INT8 }; /* element types, as library.py numbers them */
+
+INLINE long smaller(long a, long b) { return a < b ? a : b; }
+INLINE long round_up(long n, long step) { return (n + step - 1) / step * step; }
+INLINE long bytes_of(int type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+
+/* y[M, N] = (x[M, K] . weight[N, K]^T) * scale[N] + bias[N], sums in float32, rounded once. All rows are contiguous and
+ * may start at any element. bias is of x's type; scale and bias may be NULL. prepared: x in the form that the set reads,
+ * see Set. */
+typedef struct {
+  const void *x, *weight, *bias;
+  const float *scale;
+  void *y, *prepared;
+  long M, N, K;
+  int x_type, weight_type, y_type;
+  long y_stride; /* elements from one row of y to the next */
+} Linear;
+
+/* out[B, H, D]: attention of one query a slot. caches: [B_max, G, K_max, D]; lengths[B]: valid rows. */
+typedef struct {
+  const void *query, *keys, *values;
+  const long *lengths;
+  void *out;
+  float *partial; /* [B, G, chunks, H / G, D + 2]: sums of weighted values, largest score, sum of weights */
+  long B, H, G, K_max, D, chunks;
+  float scale;
+  int type;
+} Attention;
+
+#define CHUNK 256 /* rows of the cache that one piece of attention reads: the same for any number of threads */
+
+/* What an instruction set can do. A function of a set is called only on a machine that has it. */
+typedef struct {
+  const char *name;
+  int (*here)(void);                           /* whether this machine and its system execute the set */
+  int (*serves)(const Linear *);               /* whether it multiplies these types */
+  long (*prepared_bytes)(const Linear *);      /* of x in the form that the set reads */
+  void (*prepare)(const Linear *, long, long); /* write that form of units [first, last) */
+  long (*units)(const Linear *);               /* how many units that is */
+  long (*step)(const Linear *);                /* rows of the weights that are multiplied at once */
+  long (*scratch_bytes)(const Linear *);       /* of a thread */
+  void (*multiply)(const Linear *, long first, long last, void *scratch); /* rows [first, last) of the weights */
+  /* The weighted values of `count` rows of a cache, and of what they are relative to, into sums[H / G, D + 2].
+   * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
+  void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
+} Set;
+
+extern const Set AMX, AVX512_BF16, AVX512, AVX2, NEON_BF16, NEON, PORTABLE;
+
+/* Runs work(job) once in each of `threads` threads and returns when all have. */
+void covo_parallel(void (*work)(void *), void *job, int threads);
+
+INLINE float from_bfloat16(uint16_t bits) {
+  uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+/* Rounds to nearest, ties to even; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_float16(uint16_t bits) {
+  /* The exponent is moved by a product, which is exact and gives subnormals their value. */
+  uint32_t wide = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  value *= 0x1p112f;
+  memcpy(&wide, &value, 4);
+  if ((bits & 0x7c00) == 0x7c00) wide = 0x7f800000 | (uint32_t)(bits & 0x3ff) << 13;
+  wide |= sign;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+/* Rounds to nearest, ties to even; from 65520 on infinity. */
+INLINE uint16_t to_float16(float value) {
+  uint32_t bits, sign;
+  memcpy(&bits, &value, 4);
+  sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (bits < 0x38800000) { /* a subnormal of float16: its last bit is worth 2^-24, as that of 0.5 in float32 */
+    memcpy(&value, &bits, 4);
+    value += 0.5f;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return (uint16_t)(sign | (bits - 0x38000000) >> 13);
+}
+
+INLINE float get(const void *from, long i, int type) {
+  if (type == FLOAT32) return ((const float *)from)[i];
+  return type == BFLOAT16 ? from_bfloat16(((const uint16_t *)from)[i]) : from_float16(((const uint16_t *)from)[i]);
+}
+
+INLINE void put(void *to, long i, int type, float value) {
+  if (type == FLOAT32) ((float *)to)[i] = value;
+  else ((uint16_t *)to)[i] = type == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+}
+
+/* The sum of row m and column n is complete: scale, add the bias, round. */
+INLINE void finish(const Linear *t, long m, long n, float sum) {
+  if (t->scale) sum *= t->scale[n];
+  if (t->bias) sum += get(t->bias, n, t->x_type);
+  put(t->y, m * t->y_stride + n, t->y_type, sum);
+}
+
+#endif

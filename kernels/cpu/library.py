@@ -1,0 +1,159 @@
+"""The shared library of kernels/cpu/csrc: found, loaded, called with tensors. Plain pointers; no header of PyTorch."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from covo_npu.kernels.errors import BackendError
+
+FILE = Path(__file__).with_name("libcovo.so")
+LIMIT = "COVO_MAX_CPU_ISA"  # environment: the best instruction set that may serve, as ONEDNN_MAX_CPU_ISA is for oneDNN
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}  # the enum of covo.h
+HEAD_DIMS = 32  # decode_attention takes heads of a multiple of that
+
+Pointer, Long = ctypes.c_void_p, ctypes.c_long
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the loaded library; it works with PyTorch's own OpenMP threads where they are of a known kind.
+
+    Raises BackendError that says why there is none.
+    """
+    if not FILE.exists():
+        raise BackendError(
+            f"the kernels for CPUs are not there: no {FILE.name} beside {Path(__file__).name}, so no C compiler was "
+            "found when covo-npu was installed; install gcc or clang, then covo-npu again"
+        )
+    try:
+        loaded = ctypes.CDLL(str(FILE))
+    except OSError as error:
+        raise BackendError(f"the kernels for CPUs cannot be loaded: {error}; install covo-npu again") from error
+    loaded.covo_set_name.restype = loaded.covo_sources.restype = ctypes.c_char_p
+    loaded.covo_use_team.argtypes = [Pointer]
+    loaded.covo_linear.argtypes = [
+        ctypes.c_int, ctypes.c_int, Pointer, ctypes.c_int, Pointer, ctypes.c_int, Pointer, Pointer, Pointer,
+        Long, Long, Long,
+    ]  # fmt: skip
+    loaded.covo_decode_attention.argtypes = [
+        ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer, ctypes.POINTER(Long), Pointer, ctypes.c_int,
+        Long, Long, Long, Long, Long, ctypes.c_float,
+    ]  # fmt: skip
+    loaded.covo_use_team(_openmp_team())
+    return loaded
+
+
+def missing() -> str | None:
+    """Return why the library cannot be used, or None if it can."""
+    try:
+        library()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _openmp_team() -> int | None:
+    """Return the address of GOMP_parallel in the process, None if PyTorch brought no OpenMP that has it."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, Pointer).value
+
+
+def known_sets() -> tuple[str, ...]:
+    """Return the instruction sets that the library was built for, best first."""
+    return tuple(_name(i) for i in range(_count()))
+
+
+def usable_sets() -> tuple[str, ...]:
+    """Return those of them that this machine executes, best first; not those above COVO_MAX_CPU_ISA.
+
+    Raises BackendError if that is set to a name that the library does not know.
+    """
+    names, limit = known_sets(), os.environ.get(LIMIT)
+    if limit is not None and limit not in names:
+        raise BackendError(f"{LIMIT}={limit}: unknown instruction set; there are {', '.join(names)}")
+    first = 0 if limit is None else names.index(limit)
+    return tuple(name for i, name in enumerate(names) if i >= first and library().covo_set_here(i))
+
+
+def _count() -> int:
+    count = 0
+    while library().covo_set_name(count):
+        count += 1
+    return count
+
+
+def _name(i: int) -> str:
+    name: bytes = library().covo_set_name(i)
+    return name.decode()
+
+
+@functools.cache
+def _numbers() -> dict[str, int]:
+    return {name: i for i, name in enumerate(known_sets())}
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Return whether linear() takes these tensors: weights of 16 or 8 bits, rows of any of its types, on the CPU."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and (weight.dtype == torch.int8 or (weight.dtype == x.dtype and weight.element_size() == 2))
+    )
+
+
+def linear(best: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return (x @ weight.T) * scale + bias in x's dtype: [..., N]. Sums in float32, rounded once.
+
+    x: [..., K]; weight: [N, K] bfloat16, float16 or int8, read where it lies; scale: [N] float32; bias: [N] in x.dtype.
+    best: the instruction set; types that it lacks are served by the next one. Runs in torch.get_num_threads() threads.
+    """
+    return served_linear(best, x, weight, scale, bias)[0]
+
+
+def served_linear(
+    best: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, str]:
+    """Return linear(), and the name of the instruction set that served."""
+    size_out, size_in = weight.shape
+    if x.shape[-1] != size_in:
+        raise ValueError(f"x has rows of {x.shape[-1]}, the weights of {size_in}")
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    scale = None if scale is None else scale.float().contiguous()
+    y = torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
+    served = library().covo_linear(
+        _numbers()[best], torch.get_num_threads(), x.data_ptr(), TYPES[x.dtype], weight.data_ptr(),
+        TYPES[weight.dtype], _address(scale), _address(bias), y.data_ptr(), x.numel() // size_in if size_in else
+        y.numel() // max(size_out, 1), size_out, size_in,
+    )  # fmt: skip
+    return y, _name(_checked(served))
+
+
+def decode_attention(
+    best: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float
+) -> Tensor:
+    """Return Kernels.decode_attention for heads of a multiple of 32: scores, weights and sums in float32."""
+    num_slots, num_heads, head_dim = q.shape
+    _, num_kv_heads, max_length, _ = k_cache.shape
+    q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+    served = library().covo_decode_attention(
+        _numbers()[best], torch.get_num_threads(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        (Long * num_slots)(*lengths), out.data_ptr(), TYPES[q.dtype],
+        num_slots, num_heads, num_kv_heads, max_length, head_dim, scale,
+    )  # fmt: skip
+    _checked(served)
+    return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _checked(served: int) -> int:
+    if served < 0:
+        raise MemoryError("no memory for the buffers of a product")
+    return served
