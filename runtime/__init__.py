@@ -1,7 +1,6 @@
 """Run a converted Covo-Audio-Chat: from a spoken question to text and speech.
 
-Letters: B batch, S query length, T flat tokens or key length, H heads, G kv heads, D head_dim, C channels, F
-feed-forward, V vocabulary, M mels, N samples, L latent frames, Z latent channels.
+The letters of shapes are those of kernels/interface.py.
 
 The public names are imported on first use, so that `covo-run --help` and the manifest's reader need no PyTorch.
 """
@@ -12,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 import covo_npu.kernels  # noqa: F401 - before torch: see there
 
 if TYPE_CHECKING:
+    from covo_npu.runtime.engine import Dialogue, Engine
+    from covo_npu.runtime.events import Reply, Timing
     from covo_npu.runtime.model import CovoAudio
-    from covo_npu.runtime.sampling import Sampling
-    from covo_npu.runtime.session import Reply, Session, Timing
+    from covo_npu.runtime.options import Ask, LoadOptions, Sampling
+    from covo_npu.runtime.session import Session
 
-__all__ = ["CovoAudio", "Reply", "Sampling", "Session", "Timing"]
-
-_HOMES = {"CovoAudio": "model", "Reply": "session", "Sampling": "sampling", "Session": "session", "Timing": "session"}
+_HOMES = {
+    "Ask": "options",
+    "CovoAudio": "model",
+    "Dialogue": "engine",
+    "Engine": "engine",
+    "LoadOptions": "options",
+    "Reply": "events",
+    "Sampling": "options",
+    "Session": "session",
+    "Timing": "events",
+}
+__all__ = ["Ask", "CovoAudio", "Dialogue", "Engine", "LoadOptions", "Reply", "Sampling", "Session", "Timing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,19 @@
-"""Audio in and out on the host, in float32: files, resampling, the log-mel features of the encoder.
+"""Audio as the model hears it, all of it on the host: from files and arrays to the log-mel features of the encoder.
 
 N samples, M mels. 24 kHz is the rate of the front end and of replies, 16 kHz that of the encoder.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
-import wave
+import shlex
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -21,6 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from covo_npu.kernels.errors import CovoError
+from covo_npu.runtime.containers import Part, Window, foreign, parts
+from covo_npu.runtime.mixing import Mix, weights
+from covo_npu.runtime.resampling import resample
+
+log = logging.getLogger(__name__)
+
+Warn = Callable[[str], object]  # gets one line
 
 SAMPLE_RATE = 24_000  # Hz
 ENCODER_RATE = 16_000  # Hz
@@ -31,70 +40,205 @@ ENCODER_SAMPLES = 30 * ENCODER_RATE
 N_FFT = 400  # samples at 16 kHz, 25 ms
 HOP = 160  # samples at 16 kHz, 10 ms: mel frames come at 100 Hz
 
-SINC_ZEROS = 6  # zero crossings of the sinc on each side ("lowpass filter width")
-SINC_ROLLOFF = 0.99  # cut-off as a fraction of the lower Nyquist frequency
-MAX_DENSE_TAPS = 1 << 20  # phases times inputs of a period, up to which all taps are kept (4 MiB)
-RESAMPLE_BLOCK = 1 << 18  # output samples at a time, bounds the working memory
+DECODE_SAMPLES = 1 << 14  # at a time, of all channels; of a damaged file the last of these are lost
+MAX_PIPED_BYTES = 1 << 29  # half an hour of two channels at 48 kHz in 24 bits
+MAX_CHANNELS = 256  # of an array: what libsndfile may read is 1024, but nobody's array
+UNKNOWN_S = 1e8  # no header states so much in earnest
+FRAMES_OFF_S = 0.05  # codecs pad and trim
+LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 
-
-Transform = Callable[[Tensor], Tensor]  # frames [..., 400] -> power spectra [..., 201]
+# Slaney's mel scale: linear up to 1 kHz, then logarithmic
+MEL_HZ = 200 / 3  # of a mel below
+MEL_BREAK_HZ, MEL_BREAK = 1000.0, 15.0
+MEL_LOG_STEP = math.log(6.4) / 27  # ln of the ratio of two frequencies a mel apart above
 
 
 class AudioError(CovoError):
     """Audio that cannot be read, used or written."""
 
 
-def read_audio(path: str | os.PathLike[str], max_seconds: float | None = None) -> tuple[Tensor, int]:
-    """Return (samples [N] float32 in [-1, 1], rate in Hz) of a file of any format that libsndfile reads.
+class TooLongError(AudioError):
+    """Audio that lasts longer than is possible."""
 
-    Channels are averaged. Raises AudioError if the file is missing, empty, no audio, damaged, without samples, has
-    NaN or infinite samples, or lasts longer than max_seconds (judged by its header, before anything is read).
+
+def read_audio(
+    path: str | os.PathLike[str], max_seconds: float | None = None, warn: Warn = log.warning
+) -> tuple[Tensor, int]:
+    """Return (samples [N] float32, rate in Hz) of a file of any format that libsndfile reads: see decode_audio.
+
+    Raises AudioError if the file is missing, empty, no audio, damaged from its start, without samples, has NaN or
+    infinite samples, or lasts longer than max_seconds.
     """
-    path = Path(path)
     try:
-        if path.is_dir():
+        if Path(path).is_dir():
             raise AudioError(f"{path}: is a folder, expected an audio file")
-        if path.stat().st_size == 0:
-            raise AudioError(f"{path}: is empty (0 bytes)")
-        with soundfile.SoundFile(path) as file:
-            seconds = file.frames / file.samplerate
-            if max_seconds is not None and seconds > max_seconds:
-                raise AudioError(f"{path}: lasts {seconds:.1f} s, at most {max_seconds:.1f} s are possible")
-            samples, rate = file.read(dtype="float32", always_2d=True), int(file.samplerate)
+        file = Path(path).open("rb")  # noqa: SIM115 - closed below; a ValueError of what comes there is not of the name
     except FileNotFoundError:
         raise AudioError(f"{path}: does not exist") from None
     except OSError as error:
         raise AudioError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless formats need a rate from outside
-        reason = getattr(error, "error_string", None) or error
-        raise AudioError(f"{path}: is not an audio file that libsndfile can read ({str(reason).rstrip('.')})") from None
-    return to_mono(samples, str(path)), rate
+    except ValueError as error:  # it holds a NUL, or half a character
+        raise AudioError(f"{str(path)!r}: no file can have this name ({error})") from None
+    with file:
+        try:
+            return decode_audio(file, str(path), max_seconds, warn=warn)
+        except OSError as error:
+            raise AudioError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def to_mono(samples: Any, source: str = "audio") -> Tensor:
-    """Return samples [N] float32 on the CPU, channels averaged. samples: array or tensor, [N] or [N, channels].
+def decode_audio(
+    file: BinaryIO,
+    source: str = "audio",
+    max_seconds: float | None = None,
+    max_samples: int | None = None,
+    warn: Warn = log.warning,
+) -> tuple[Tensor, int]:
+    """Return what read_audio does, of a file that is open; source: what messages call it; max_samples: of all channels.
 
-    Floats are taken as they are, integers are scaled to [-1, 1]. Raises AudioError naming the source if there are no
-    samples, too many axes, or NaN or infinite values.
+    It is heard to its end, one recording in it after the other, whatever a header states; what cannot be sought in is
+    read into memory. Channels are mixed to one: see mixing.weights. Samples are in [-1, 1] unless the file's are not.
+    warn gets a line for everything that is odd: Mix.findings, and where header and content disagree. Raises OSError if
+    the file cannot be read, else what read_audio raises.
+    """
+    if not file.seekable():
+        file = _taken_in(file, source)
+    if not file.seek(0, os.SEEK_END):
+        raise AudioError(f"{source}: is empty (0 bytes)")
+    mix, rate = Mix(), 0
+    heard: list[Tensor] = []
+    doubts: list[str] = []
+    for part in parts(file):
+        try:
+            samples, part_rate, more = _recording(file, part, mix, source, max_seconds, max_samples)
+        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a rate must come from outside
+            if not heard:
+                raise AudioError(f"{source}: {_not_audio(file, error, source)}") from None
+            more = [f"what follows its first {sum(map(len, heard)) / rate:.2f} s is damaged and not heard"]
+        else:
+            rate = rate or part_rate
+            heard.append(samples if part_rate == rate else resample(samples, part_rate, rate, torch.float32))
+            seconds = sum(map(len, heard)) / rate
+            if max_seconds is not None and seconds > max_seconds:
+                raise TooLongError(f"{source}: lasts {seconds:.1f} s, at most {max_seconds:.1f} s are possible")
+        doubts += more
+    if not any(len(samples) for samples in heard):
+        raise AudioError(f"{source}: {'; '.join(('has no samples', *doubts))}")
+    samples = _usable(torch.cat(heard), source)
+    for finding in dict.fromkeys((*doubts, *mix.findings())):
+        warn(f"{source}: {finding}")
+    return samples, rate
+
+
+class _Recording(soundfile.SoundFile):  # type: ignore[misc] # it has no types
+    """Is read from start to end only: to seek would ask for what some codecs and damaged files cannot."""
+
+    def seekable(self) -> bool:
+        """Return False."""
+        return False
+
+
+def _recording(
+    file: BinaryIO, part: Part, mix: Mix, source: str, max_seconds: float | None, max_samples: int | None
+) -> tuple[Tensor, int, list[str]]:
+    """Return (samples [N], rate, doubts) of one recording. Raises LibsndfileError if it gives no sample."""
+    heard: list[NDArray[np.float32]] = []
+    doubts = [part.doubt] if part.doubt else []
+    with _Recording(Window(file, part)) as sound:
+        rate, channels = int(sound.samplerate), int(sound.channels)
+        stated = sound.frames / rate
+        counts = weights(channels, sound.format, part.mask)
+        mix.lossy = sound.subtype in LOSSY
+        block = np.empty((max(1, DECODE_SAMPLES // channels), channels), np.float32)
+        frames = 0
+        try:
+            if stated < UNKNOWN_S:
+                _require_within(stated, sound.frames * channels, source, max_seconds, max_samples)
+            while len(read := sound.read(out=block)):
+                heard.append(mix.add(read, counts).copy())
+                frames += len(read)
+                _require_within(frames / rate, mix.samples, source, max_seconds, max_samples)
+        except soundfile.LibsndfileError as error:
+            if not heard:
+                raise
+            doubts.append(f"damaged after {frames / rate:.2f} s ({_reason(error)}): what follows is not heard")
+    if not doubts and stated < UNKNOWN_S and stated - frames / rate > FRAMES_OFF_S:
+        doubts.append(f"its header states {stated:.2f} s, {frames / rate:.2f} s are there")
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *heard])), rate, doubts
+
+
+def _require_within(
+    seconds: float, samples: int, source: str, max_seconds: float | None, max_samples: int | None
+) -> None:
+    if max_seconds is not None and seconds > max_seconds:
+        raise TooLongError(f"{source}: lasts {seconds:.1f} s, at most {max_seconds:.1f} s are possible")
+    if max_samples is not None and samples > max_samples:
+        raise TooLongError(f"{source}: holds {samples} samples, at most {max_samples} are possible")
+
+
+def _taken_in(file: BinaryIO, source: str) -> BinaryIO:
+    """Return what comes out of a pipe, in memory."""
+    data = file.read(MAX_PIPED_BYTES + 1)
+    if len(data) > MAX_PIPED_BYTES:
+        raise TooLongError(f"{source}: more than {MAX_PIPED_BYTES >> 20} MiB came out of this pipe: write a file first")
+    return io.BytesIO(data)
+
+
+def _not_audio(file: BinaryIO, error: Exception, source: str) -> str:
+    """Return what a message says of a file that libsndfile does not read."""
+    name, converts = foreign(file)
+    if name and not converts:
+        return f"is not audio but {name}"
+    command = f"ffmpeg -i {shlex.quote(source)} -ar 24000 {shlex.quote(Path(source).stem + '.wav')}"
+    if name:
+        return f"is {name}, which libsndfile cannot read. This converts it: {command}"
+    hint = f". Perhaps this converts it: {command}" if converts else ""
+    return f"is not an audio file that libsndfile can read ({_reason(error)}){hint}"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "error_string", None) or error).rstrip(".")
+
+
+def to_mono(samples: Any, source: str = "audio", warn: Warn = log.warning) -> Tensor:
+    """Return samples [N] float32 on the CPU, channels mixed to one. samples: array or tensor, [N] or [N, channels].
+
+    Floats are taken as they are, integers are scaled to [-1, 1]. warn gets a line for everything that is odd. Raises
+    AudioError naming the source if there are no samples, too many axes or channels, or NaN or infinite values.
     """
     array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
     if array.ndim not in (1, 2):
         raise AudioError(f"{source}: expected samples as [N] or [N, channels], found shape {list(array.shape)}")
     if array.size == 0:
         raise AudioError(f"{source}: has no samples")
+    if array.ndim == 2 and array.shape[1] > MAX_CHANNELS:
+        raise AudioError(
+            f"{source}: expected samples as [N, channels], found shape {list(array.shape)}: more than {MAX_CHANNELS} "
+            "channels; if they come first, transpose the array"
+        )
     if array.dtype.kind == "i":
         array = array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":
         raise AudioError(f"{source}: expected floating-point or signed integer samples, found {array.dtype}")
     array = array.astype(np.float32, copy=False)
-    mono = array if array.ndim == 1 else array.mean(axis=1, dtype=np.float32)
-    finite = np.isfinite(mono)
+    mix = Mix()
+    mono = mix.add(array.reshape(len(array), -1), None if array.ndim == 1 else weights(array.shape[1]))
+    found = _usable(torch.from_numpy(np.ascontiguousarray(mono)), source)
+    for finding in mix.findings():
+        warn(f"{source}: {finding}")
+    return found
+
+
+def _usable(samples: Tensor, source: str) -> Tensor:
+    """Return the samples. Raises AudioError if there are none, or some are not finite."""
+    if not len(samples):
+        raise AudioError(f"{source}: has no samples")
+    finite = np.isfinite(samples.numpy())
     if not finite.all():
         raise AudioError(
             f"{source}: {finite.size - np.count_nonzero(finite)} of {finite.size} samples are NaN or infinite, "
             f"the first at {int(np.argmin(finite))}"
         )
-    return torch.from_numpy(np.ascontiguousarray(mono))
+    return samples
 
 
 def prepare(samples: Tensor, rate: int, source: str = "audio") -> Tensor:
@@ -134,9 +278,9 @@ def segments(waveform: Tensor) -> list[Tensor]:
     return list(waveform.split(SEGMENT_SAMPLES))
 
 
-def features(waveform: Tensor, mel_filters: Tensor) -> Tensor:
+def features(waveform: Tensor, num_mels: int = 128) -> Tensor:
     """Return the encoder's input [segments, M, 3000] float32, one row per 30 s of a 24 kHz waveform [N]."""
-    return torch.stack([log_mel(to_encoder_rate(segment), mel_filters) for segment in segments(waveform)])
+    return torch.stack([log_mel(to_encoder_rate(segment), num_mels) for segment in segments(waveform)])
 
 
 def to_encoder_rate(segment: Tensor) -> Tensor:
@@ -144,144 +288,50 @@ def to_encoder_rate(segment: Tensor) -> Tensor:
     return resample(segment, SAMPLE_RATE, ENCODER_RATE, torch.float64)
 
 
-def log_mel(samples: Tensor, mel_filters: Tensor, transform: Transform | None = None) -> Tensor:
-    """Return Whisper's log-mel features [M, 3000] float32. samples: [N] float32 at 16 kHz; mel_filters: [M, 201].
+def log_mel(samples: Tensor, num_mels: int = 128) -> Tensor:
+    """Return Whisper's log-mel features [M, 3000] float32. samples: [N] float32 at 16 kHz.
 
-    Padded or trimmed to 30 s; periodic Hann window 400, hop 160, centred with reflection, power, log10 from 1e-10 and
-    from 8 under the maximum, (x + 4) / 4. Runs on the device of the samples. transform: `fft_power`, the default on
-    the CPU, or `dft_power`, the default elsewhere; in the quietest bins they differ by up to 1e-4, which is float32's
-    rounding at 80 dB under the loudest. Source: arXiv 2212.04356, section 2.2.
+    Padded or trimmed to 30 s; periodic Hann window 400, hop 160, centred with reflection, power, mel bands, log10 from
+    1e-10 and from 8 under the maximum, (x + 4) / 4. All of it in float64, rounded once: in float32 a bin 80 dB under
+    the loudest drowns in the rounding of the transform, which differs from library to library and from processor to
+    processor. Source: arXiv 2212.04356, section 2.2.
     """
-    transform = transform or (fft_power if samples.device.type == "cpu" else dft_power)
-    samples = samples[:ENCODER_SAMPLES]
+    samples = samples[:ENCODER_SAMPLES].double()
     samples = F.pad(samples, (0, ENCODER_SAMPLES - samples.shape[0]))
     padded = F.pad(samples[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
-    power = transform(padded.unfold(0, N_FFT, HOP)[:-1])  # [3000, 201]
-    mel = mel_filters.to(power.device) @ power.T
-    logarithm = mel.clamp(min=1e-10).log10()
-    return (torch.maximum(logarithm, logarithm.amax() - 8.0) + 4.0) / 4.0
-
-
-def fft_power(frames: Tensor) -> Tensor:
-    """Return the windowed power spectra [..., 201] of frames [..., 400]."""
-    return torch.fft.rfft(frames * torch.hann_window(N_FFT, device=frames.device)).abs().square()
-
-
-def dft_power(frames: Tensor) -> Tensor:
-    """Return what fft_power does, by two matrix products: for devices without complex numbers."""
-    cosine, sine = _windowed_dft(frames.device)
-    return (frames @ cosine).square() + (frames @ sine).square()
-
-
-def resample(samples: Tensor, from_rate: int, to_rate: int, kernel_dtype: torch.dtype) -> Tensor:
-    """Return samples [ceil(N * to_rate / from_rate)] at to_rate. samples: [N] float32 at from_rate Hz.
-
-    Windowed-sinc interpolation: Hann window, 6 zero crossings, roll-off 0.99; the signal counts as zero outside.
-    kernel_dtype: what the kernel is evaluated in before it is rounded to float32.
-    Source: Smith, "Digital Audio Resampling", https://ccrma.stanford.edu/~jos/resample.
-    """
-    if from_rate == to_rate:
-        return samples
-    divisor = math.gcd(from_rate, to_rate)
-    up, down = to_rate // divisor, from_rate // divisor  # `up` output samples for every `down` input samples
-    length = -(-up * samples.shape[0] // down)
-    # The usual rates have few phases: a strided convolution over all taps of a period, whose sums round as upstream's
-    # do. Odd pairs would make that kernel gigabytes: there only the taps inside the window are kept and gathered.
-    apply = _convolve if up * down <= MAX_DENSE_TAPS else _gather
-    return apply(samples, up, down, length, kernel_dtype)
-
-
-def _convolve(samples: Tensor, up: int, down: int, length: int, dtype: torch.dtype) -> Tensor:
-    kernel, margin = _dense_kernel(up, down, dtype)  # [up, margin + down + margin]
-    padded = F.pad(samples, (margin, margin + down))
-    periods = -(-length // up)
-    block = max(1, RESAMPLE_BLOCK // up)
-    pieces = []
-    for begin in range(0, periods, block):
-        end = min(begin + block, periods)
-        piece = padded[begin * down : (end - 1) * down + kernel.shape[1]]
-        pieces.append(F.conv1d(piece[None, None], kernel[:, None], stride=down)[0].T.reshape(-1))
-    return torch.cat(pieces)[:length] if pieces else samples.new_empty(0)
-
-
-def _gather(samples: Tensor, up: int, down: int, length: int, dtype: torch.dtype) -> Tensor:
-    kernel, starts, margin = _sparse_kernel(up, down, dtype)  # [up, taps], [up]
-    taps = kernel.shape[1]
-    windows = F.pad(samples, (margin, margin + down + taps)).unfold(0, taps, 1)  # [N + ..., taps], a view
-    out = samples.new_empty(length)
-    block = max(1, RESAMPLE_BLOCK * 16 // taps)
-    for begin in range(0, length, block):
-        index = torch.arange(begin, min(begin + block, length))
-        phase = index % up
-        position = index // up * down + starts[phase] + margin
-        out[begin : begin + block] = (windows[position] * kernel[phase]).sum(1)
-    return out
-
-
-def write_wav(path: str | os.PathLike[str], waveform: Tensor | NDArray[np.float32], rate: int = SAMPLE_RATE) -> None:
-    """Write a waveform [N] as a 16-bit PCM WAV file; values beyond [-1, 1] are clipped.
-
-    The file appears complete or not at all; its folder is made if need be. Raises AudioError if it cannot be written.
-    """
-    path = Path(path)
-    samples = (
-        (torch.as_tensor(waveform).detach().cpu().float().clamp(-1.0, 1.0) * 32767.0).round().numpy().astype("<i2")
-    )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as stream, wave.open(stream, "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(rate)
-                file.writeframes(samples.tobytes())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be written: {error.strerror or error}; choose another folder") from None
-
-
-def _half_width(up: int, down: int) -> int:
-    """Return how many input samples the window reaches to each side, rounded up."""
-    return math.ceil(SINC_ZEROS * down / (min(up, down) * SINC_ROLLOFF))
-
-
-def _sinc(phase: Tensor, position: Tensor, up: int, down: int, dtype: torch.dtype) -> Tensor:
-    """Return the kernel, float32, at input positions [..., taps] around output phases [up, 1] of a period."""
-    cutoff = min(up, down) * SINC_ROLLOFF
-    t = -phase.to(dtype) / up + position.to(dtype) / down  # in periods
-    t = (t * cutoff).clamp(-SINC_ZEROS, SINC_ZEROS)  # in zero crossings
-    window = torch.cos(t * math.pi / SINC_ZEROS / 2).square()
-    t = t * math.pi
-    sinc = torch.where(t == 0, torch.ones_like(t), t.sin() / t)
-    return (sinc * (window * (cutoff / down))).float()
-
-
-@lru_cache(maxsize=8)
-def _dense_kernel(up: int, down: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Return (kernel [up, margin + down + margin], margin): every phase over all inputs that its period may touch."""
-    margin = _half_width(up, down)
-    return _sinc(torch.arange(up)[:, None], torch.arange(-margin, margin + down), up, down, dtype), margin
-
-
-@lru_cache(maxsize=2)
-def _sparse_kernel(up: int, down: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Return (kernel [up, taps], starts [up], margin): output n reads from input n // up * down + starts[n % up] on."""
-    margin = _half_width(up, down)
-    phase = torch.arange(up)
-    starts = phase * down // up - margin
-    return _sinc(phase[:, None], starts[:, None] + torch.arange(2 * margin + 2), up, down, dtype), starts, margin
+    frames = padded.unfold(0, N_FFT, HOP)[:-1] * torch.hann_window(N_FFT, dtype=torch.float64)
+    spectrum = torch.fft.rfft(frames)  # [3000, 201]
+    power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+    mel = mel_filters(num_mels).double() @ power.T
+    logarithm = mel.clamp_(min=1e-10).log10_()
+    return ((torch.maximum(logarithm, logarithm.amax() - 8.0) + 4.0) / 4.0).float()
 
 
 @lru_cache(maxsize=4)
-def _windowed_dft(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (cosines, sines), [400, 201] float32 each, with the periodic Hann window in them. Evaluated in float64."""
-    n = torch.arange(N_FFT, dtype=torch.float64)
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / N_FFT)
-    # The product n * k is taken modulo 400 before it becomes an angle: exact, and the angle stays small.
-    turns = torch.outer(torch.arange(N_FFT), torch.arange(N_FFT // 2 + 1)) % N_FFT
-    angle = turns.double() * (2 * math.pi / N_FFT)
-    cosine, sine = ((window[:, None] * function(angle)).float().to(device) for function in (torch.cos, torch.sin))
-    return cosine, sine
+def mel_filters(num_mels: int) -> Tensor:
+    """Return Slaney's mel filter bank [M, 201] float32: triangles of equal area from 0 Hz to 8 kHz.
+
+    Source: Slaney, Auditory Toolbox, Technical Report 1998-010.
+    """
+    frequencies = torch.arange(N_FFT // 2 + 1, dtype=torch.float64) * (ENCODER_RATE / N_FFT)
+    step = _mel_of(ENCODER_RATE / 2) / (num_mels + 1)
+    edges = torch.tensor([_hertz_of(step * i) for i in range(num_mels + 2)], dtype=torch.float64)
+    ramps = edges[:, None] - frequencies[None, :]
+    width = edges.diff()[:, None]
+    triangles = torch.minimum(-ramps[:-2] / width[:-1], ramps[2:] / width[1:]).clamp(min=0).float()
+    return (triangles.double() * (2.0 / (edges[2:] - edges[:-2]))[:, None]).float()
+
+
+def _mel_of(hertz: float) -> float:
+    above = hertz >= MEL_BREAK_HZ
+    return MEL_BREAK + math.log(hertz / MEL_BREAK_HZ) / MEL_LOG_STEP if above else hertz / MEL_HZ
+
+
+def _hertz_of(mel: float) -> float:
+    return MEL_BREAK_HZ * math.exp(MEL_LOG_STEP * (mel - MEL_BREAK)) if mel >= MEL_BREAK else mel * MEL_HZ
+
+
+def to_pcm16(waveform: Tensor | NDArray[np.float32]) -> bytes:
+    """Return a waveform [N] as 16-bit little-endian PCM; values beyond [-1, 1] are clipped."""
+    samples = torch.as_tensor(waveform).detach().cpu().float().clamp(-1.0, 1.0) * 32767.0
+    return samples.round().numpy().astype("<i2").tobytes()

@@ -1,14 +1,13 @@
 """Flow matching in the open: the time grid, guidance, the ODE steps. Source: arXiv 2210.02747."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# (latents, index of the evaluation) -> velocity. The index counts the entries of Flow.times.
-Velocity = Callable[[Tensor, int], Tensor]
+Velocity = Callable[[Tensor], Tensor]  # of the latents, at one time
 
 
 # solver: evaluations of the velocity a step
@@ -47,17 +46,19 @@ class Flow:
         return [start + (end - start) * part / len(parts) for start, end in pairwise(self.grid()) for part in parts]
 
 
-def integrate(velocity: Velocity, latents: Tensor, flow: Flow) -> Tensor:
-    """Return the latents at time 1. latents: any shape, those at time 0; not written."""
-    evaluation = 0
+def integrate(velocities: Iterable[Velocity], latents: Tensor, flow: Flow) -> Iterator[Tensor]:
+    """Yield the latents after each evaluation, where the next one looks; the last are those at time 1.
+
+    velocities: one for each of flow.times(); latents: those at time 0, not written.
+    """
+    at = iter(velocities)
     for start, end in pairwise(flow.grid()):
         step = end - start
-        slope = velocity(latents, evaluation)
+        slope = next(at)(latents)
         if flow.solver == "midpoint":
-            slope = velocity(torch.add(latents, slope, alpha=step / 2), evaluation + 1)
-        latents = torch.add(latents, slope, alpha=step)
-        evaluation += SOLVERS[flow.solver]
-    return latents
+            yield (middle := torch.add(latents, slope, alpha=step / 2))
+            slope = next(at)(middle)
+        yield (latents := torch.add(latents, slope, alpha=step))
 
 
 def guided(velocities: Tensor, cfg_alpha: float, rescale: bool) -> Tensor:

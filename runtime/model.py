@@ -2,91 +2,59 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from covo_npu.kernels.errors import BackendError, CovoError
-from covo_npu.kernels.interface import Kernels
-from covo_npu.kernels.select import describe, fast_dtype, open_device, select
-from covo_npu.runtime import audio
-from covo_npu.runtime.adapter import Adapter
-from covo_npu.runtime.cache import allocate
-from covo_npu.runtime.checkpoint import (
-    ENCODER,
-    GENERATION_CONFIG,
-    TOKEN2WAV,
-    TOKENIZER,
-    CheckpointError,
-    Manifest,
-    read_manifest,
-)
-from covo_npu.runtime.config import ModelConfig
-from covo_npu.runtime.decode import Decoder, SharedPrefixes
+from covo_npu.kernels.device import Replayed, fast_dtype, open_device
+from covo_npu.kernels.errors import CovoError
+from covo_npu.kernels.select import describe
+from covo_npu.runtime import audio, rank
+from covo_npu.runtime.checkpoint.format import ENCODER, INT8, TOKEN2WAV, TOKENIZER, Manifest
+from covo_npu.runtime.checkpoint.loader import Weights
+from covo_npu.runtime.decode import Decoder
 from covo_npu.runtime.flow import Flow
-from covo_npu.runtime.generation import read_generation
-from covo_npu.runtime.graph import DeviceCapture, device_capture
-from covo_npu.runtime.layers import parameter
-from covo_npu.runtime.loader import Mode, Weights, load_tensors
-from covo_npu.runtime.qwen2 import Qwen2
-from covo_npu.runtime.sampling import Sampling
-from covo_npu.runtime.token2wav import Progress, Token2Wav
+from covo_npu.runtime.ground import Ground, kernels_of, load_weights, open_manifest, prepare
+from covo_npu.runtime.mirror import LeadingDecoder
+from covo_npu.runtime.networks.cache import SharedPrefixes, allocate
+from covo_npu.runtime.networks.files import (
+    LLM_PREFIX,
+    Backends,
+    Networks,
+    fill,
+    meta_networks,
+    require_tensors,
+    wanted_shapes,
+)
+from covo_npu.runtime.options import WHOLE, LoadOptions, SpeechBlocks
+from covo_npu.runtime.parallel import ALONE
+from covo_npu.runtime.prefix import Prefix, stored_prefix
+from covo_npu.runtime.ranks import Leader, RankError, collectives, follows, launched
+from covo_npu.runtime.speech import Noise, Progress, SpeechStream, drawn_noise, given_noise
+from covo_npu.runtime.token2wav import Token2Wav
 from covo_npu.runtime.tokenizer import Tokenizer
-from covo_npu.runtime.voice import read_voice
-from covo_npu.runtime.whisper import WhisperEncoder
-
-if TYPE_CHECKING:
-    from covo_npu.runtime.session import Session
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_CONTEXT = 8192  # tokens of a dialogue: 0.47 GB of KV cache at the real size in bfloat16
-
-# The file of a checkpoint in which the tensors of a part lie; all other parts are token2wav's.
-FILE_STEMS = {"llm": "llm", "frontend": "encoder", "encoder": "encoder", "adapter": "encoder"}
+from covo_npu.runtime.voice import STORED, Voice, stored_shapes, stored_voice
 
 
-class FrontEnd(nn.Module):
-    """The mel filter bank, [M, frequencies]: a table of the host."""
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Bytes of weight files on a device, and of which rank. On a CPU ranks share the device, not the bytes."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.mel_filters = parameter(config.encoder.num_mels, audio.N_FFT // 2 + 1)
-
-
-class Networks(nn.Module):
-    """All networks; the names of its tensors are those of the checkpoint. token2wav's parts stand at the top level."""
-
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
-        super().__init__()
-        self.llm = Qwen2(config.llm, kernels)
-        self.frontend = FrontEnd(config)
-        self.encoder = WhisperEncoder(config.encoder, kernels)
-        self.adapter = Adapter(config.adapter, kernels)
-        self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav, kernels)
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return {file stem: {tensor: shape}} of a checkpoint for this config: what the networks want, from themselves."""
-    files: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in meta_networks(config, select("reference", torch.device("cpu"))).state_dict().items():
-        name = name.removeprefix("token2wav.")
-        stem = FILE_STEMS.get(name.partition(".")[0], "token2wav")
-        files.setdefault(stem, {})[name] = tuple(tensor.shape)
-    return files
-
-
-def meta_networks(config: ModelConfig, kernels: Kernels) -> Networks:
-    """Return the networks on the meta device: shapes and names, no memory, no values."""
-    with torch.device("meta"):
-        return Networks(config, kernels)
+    rank: int
+    device: str
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +64,37 @@ class LoadReport:
     device: str
     backend: str
     dtype: str
-    token2wav_dtype: str  # of the matrix products of flow matching
-    bytes: int  # of the weight files in use
+    weights: str  # of the LLM's products: that dtype, or int8
+    token2wav_dtype: str  # of the matrix products of flow matching, "" without speech
+    placed: tuple[Placed, ...]
     load_s: float
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight files in use, all ranks together."""
+        return sum(placed.bytes for placed in self.placed)
+
+    @property
+    def places(self) -> str:
+        """What lies where, in lines for people; "" if it is all on one device."""
+        lines = [f"\n  rank {place.rank}, {place.device}: {place.bytes / 1e9:.2f} GB" for place in self.placed]
+        return "".join(lines) if len(lines) > 1 else ""
+
+
+class Devices(NamedTuple):
+    """Where the networks are. The LLM's is that of rank 0."""
+
+    llm: torch.device
+    encoder: torch.device
+    speech: torch.device
 
 
 class CovoAudio:
-    """The model on its device. Build it with `load`; talk to it through `session`."""
+    """The model on its device. Build it with `load`; talk to it through a Session, or an Engine for many.
+
+    Several threads may call all of it at once, and have Sessions of it or one Engine together: weights do not change,
+    what a dialogue remembers is its own. A Session belongs to one thread at a time; an Engine locks for itself.
+    """
 
     def __init__(
         self,
@@ -110,179 +102,276 @@ class CovoAudio:
         networks: Networks,
         weights: Weights,
         tokenizer: Tokenizer,
-        kernels: Kernels,
-        device: torch.device,
-        dtype: torch.dtype,
+        ground: Ground,
+        devices: Devices,
         max_context: int,
         report: LoadReport,
-        capture: DeviceCapture | None = None,
+        voice: Voice | None = None,
+        prefix: Prefix | None = None,
+        leader: Leader | None = None,
     ) -> None:
+        """voice: whose speech is made unless a call names another; None in a model that does not speak.
+
+        prefix: what dialogues begin with, in the dtype and on the device of the LLM; leader: of the other ranks, if
+        there are any.
+        """
         self.manifest, self.config, self.networks, self.weights = manifest, manifest.config, networks, weights
-        self.tokenizer, self.kernels, self.report = tokenizer, kernels, report
-        self.device, self.dtype, self.max_context = device, dtype, max_context
-        self.capture = capture
-        self.prefixes = SharedPrefixes(networks.llm)
-        self.generation = read_generation(manifest.folder / GENERATION_CONFIG)
-        self._mel_filters = networks.frontend.mel_filters.cpu()
+        self.tokenizer, self.report, self.devices = tokenizer, report, devices
+        self.device, self.dtype, self.kernels, self.capture = devices.llm, ground.dtype, ground.kernels, ground.capture
+        self.max_context, self.voice, self.leader = max_context, voice, leader
+        self._speech_lock, self._speech_filled = threading.Lock(), False
+        # A capture is that of the LLM's device: an encoder on another one is launched operator by operator.
+        captured = ground.capture if devices.encoder == devices.llm else None
+        self._encoder = Replayed(networks.encoder, captured) if captured else networks.encoder
+        self.prefixes = SharedPrefixes({prefix.input_ids: prefix.rows} if prefix else None)
 
     @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        device: str = "auto",
-        dtype: str | None = None,
-        *,
-        backend: str | None = None,
-        mode: Mode = "mmap",
-        check: bool = True,
-        pinned: bool = True,
-        speech: bool = True,
-        max_context: int = MAX_CONTEXT,
-        graph: str = "auto",
-        token2wav_dtype: str = "auto",
-        flow_steps: int | None = None,
-        flow_solver: str = "midpoint",
-        nz: bool = False,
-    ) -> CovoAudio:
+    def load(cls, path: str | os.PathLike[str], options: LoadOptions | None = None, **fields: Any) -> CovoAudio:
         """Return the model of the converted checkpoint in folder `path`, ready to answer.
 
-        device: cpu, cuda:N, npu:N or auto; dtype: of LLM and encoder, by default the checkpoint's (another one costs a
-        converted copy in memory); mode, check, pinned: see loader.load_tensors; speech: load token2wav too;
-        max_context: tokens that a dialogue may hold; graph: auto, on or off, whether decode steps are captured;
-        token2wav_dtype: of the matrix products of flow matching, auto is bfloat16 where the device is faster in it;
-        flow_steps, flow_solver: how the ODE of speech is solved, midpoint or euler; by default the checkpoint's 9
-        steps, which with the midpoint rule are 18 evaluations of the network; nz: on an NPU, hold 16-bit weights in its
-        private format FRACTAL_NZ.
-        Raises CheckpointError, ConfigError or BackendError; ValueError if the ODE cannot be solved so.
+        options: by the fields of LoadOptions or as a whole. With tp > 1 the other ranks are started; the model ends
+        them when it is closed. In a process that torchrun has started as another rank than 0 this does what rank 0
+        asks for, and ends the process when rank 0 does. Raises CheckpointError, ConfigError, BackendError or RankError;
+        ValueError for an option out of its range.
         """
+        options = replace(options or LoadOptions(), **fields)
+        if follows(options.tp):
+            rank.serve(path, options)
+            sys.exit(0)
         start = time.perf_counter()
-        torch_device = open_device(device)
-        kernels = select(backend, torch_device)
-        capture = device_capture(graph, torch_device)
-        cast_nz = getattr(kernels, "cast_weights_nz", None)
-        if nz and cast_nz is None:
-            raise BackendError(f"weights in the format NZ are for device npu, found {torch_device}: leave out --nz")
-        manifest = read_manifest(path)
-        torch_dtype = _dtype(dtype or manifest.dtype)
-        speech_dtype = fast_dtype(torch_device) if token2wav_dtype == "auto" else _dtype(token2wav_dtype)
-        files = [ENCODER, *manifest.ranks, *([TOKEN2WAV] if speech and TOKEN2WAV in manifest.files else [])]
+        manifest = open_manifest(path, options.tp)
+        device = open_device(options.device)
+        devices = Devices(
+            device, *(open_device(name or str(device)) for name in (options.encoder_device, options.speech_device))
+        )
+        ground = prepare(manifest, options, device)
+        leader = None
+        if options.tp > 1:
+            if device.type == "cpu" and not launched():  # the ranks share its cores
+                torch.set_num_threads(max(1, torch.get_num_threads() // options.tp))
+            leader = Leader(options.tp, rank.command(path, options, device))
+        try:
+            return cls._load(manifest, options, ground, devices, start, leader)
+        except BaseException:
+            if leader:
+                leader.close()
+            raise
+
+    @classmethod
+    def _load(
+        cls,
+        manifest: Manifest,
+        options: LoadOptions,
+        ground: Ground,
+        devices: Devices,
+        start: float,
+        leader: Leader | None,
+    ) -> CovoAudio:
+        llm_file = manifest.ranks[0]
+        files = {ENCODER: devices.encoder, llm_file: devices.llm}
+        files |= {TOKEN2WAV: devices.speech} if options.speech and TOKEN2WAV in manifest.files else {}
+        # Rows of another dtype are those of other weights, or less exact than the model's own.
+        prefix = stored_prefix(manifest, options.check) if _name(ground.dtype) == manifest.dtype else None
         config = manifest.config if TOKEN2WAV in files else replace(manifest.config, token2wav=None)
-        networks = meta_networks(config, kernels)
-        if networks.token2wav is not None:
-            steps = flow_steps if flow_steps is not None else networks.token2wav.flow.steps
-            networks.token2wav.configure(speech_dtype, Flow(steps, flow_solver))
-        weights = load_tensors(manifest, files, torch_device, mode=mode, check=check, pinned=pinned)
-        fill(networks, weights.tensors, torch_dtype)
-        if nz and cast_nz:
-            cast_nz(networks)
+        products = speech_dtype(options.token2wav_dtype, options.dtype, devices.speech)
+        kernels = Backends(*(kernels_of(device, ground) for device in devices))
+        group = collectives(leader) if leader else ALONE
+        networks = meta_networks(config, kernels, ground.dtype, products, manifest.int8, group)
+        weights = load_weights(manifest, files, options)
+        fill(networks.llm, weights.files[llm_file], LLM_PREFIX)
+        fill(networks.encoder, weights.files[ENCODER])
+        ground.cast_nz(networks.llm, weights, llm_file)
+        if devices.encoder.type == devices.llm.type:
+            ground.cast_nz(networks.encoder, weights, ENCODER)
+        voice = None
+        if networks.token2wav is not None and config.token2wav is not None:
+            tensors = weights.files[TOKEN2WAV]
+            require_tensors(wanted_shapes(networks.token2wav) | stored_shapes(config.token2wav), tensors)
+            voice = stored_voice(tensors, config.token2wav.dit, str(manifest.files[TOKEN2WAV].path))
+        if leader:
+            leader.ready(devices.llm)
+        sizes: Counter[torch.device] = Counter()
+        for name, device in files.items():
+            sizes[device] += manifest.files[name].bytes
+        placed = [Placed(0, str(device), size) for device, size in sizes.items()]
+        placed += [Placed(number, **place) for number, place in sorted(leader.placed.items())] if leader else []
         report = LoadReport(
-            device=str(torch_device),
-            backend=describe(kernels),
-            dtype=_name(torch_dtype),
-            token2wav_dtype=_name(speech_dtype),
-            bytes=sum(manifest.files[name].bytes for name in files),
+            device=str(devices.llm),
+            backend=describe(ground.kernels),
+            dtype=_name(ground.dtype),
+            weights=INT8 if manifest.int8 else _name(ground.dtype),
+            token2wav_dtype=_name(products) if networks.token2wav is not None else "",
+            placed=tuple(placed),
             load_s=time.perf_counter() - start,
         )
-        tokenizer = Tokenizer.from_file(Path(path) / TOKENIZER, manifest.special_tokens)
+        tokenizer = Tokenizer.from_file(manifest.folder / TOKENIZER, manifest.special_tokens)
         return cls(
-            manifest, networks, weights, tokenizer, kernels, torch_device, torch_dtype, max_context, report, capture
-        )
+            manifest, networks, weights, tokenizer, ground, devices, options.max_context, report, voice,
+            prefix.to(devices.llm) if prefix else None, leader,
+        )  # fmt: skip
 
-    def session(
-        self,
-        mode: str = "a2ta",
-        sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        system: str | None = None,
-    ) -> Session:
-        """Return a new dialogue.
+    def decoder(self, num_slots: int) -> Decoder:
+        """Return slots of max_context rows each. With several ranks, each has its heads of them."""
+        llm = self.networks.llm
+        cache = allocate(llm.sizes, num_slots, self.max_context, self.dtype, self.device)
+        if self.leader:
+            return LeadingDecoder(self.leader, llm, cache, self.capture)
+        return Decoder(llm, cache, self.capture)
 
-        mode: "a2ta" answers in text and speech, "a2t" in text; sampling, max_new_tokens: by default the checkpoint's;
-        system: text instead of the default system prompt.
+    def when_lost(self, tell: Callable[[RankError], object]) -> None:
+        """Let a function be called, in any thread, as soon as another rank is gone, or hangs, and nothing goes on."""
+        if self.leader:
+            self.leader.when_lost(tell)
+
+    def close(self) -> None:
+        """End the other ranks, if there are any. The model cannot be used afterwards."""
+        if self.leader:
+            self.leader.close()
+
+    def __enter__(self) -> CovoAudio:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def num_codes(self) -> int:
+        """Audio codes that it can speak, 0 without token2wav."""
+        return self.config.token2wav.dit.num_codes if self.config.token2wav else 0
+
+    @property
+    def can_speak(self) -> bool:
+        """Whether token2wav is there: the checkpoint has it, and it was loaded."""
+        return self.networks.token2wav is not None
+
+    def require_speech(self) -> None:
+        """Raise CovoError if the model has no networks of speech."""
+        if not self.can_speak:
+            raise CovoError("this checkpoint was converted or loaded without token2wav: use mode a2t")
+
+    def verify_text(self) -> None:
+        """Return when all bytes that text rests on are known to be right. Raises CheckpointError or RankError."""
+        self.weights.wait(ENCODER, self.manifest.ranks[0])
+        if self.leader:
+            self.leader.verified()
+
+    @property
+    def speech(self) -> Token2Wav:
+        """The networks of speech. The first use fills them, which reads all of their weights: a start need not wait.
+
+        Raises CovoError if the model has none.
         """
-        from covo_npu.runtime.session import Session
+        self.require_speech()
+        token2wav = self.networks.token2wav
+        assert token2wav is not None
+        with self._speech_lock:
+            if not self._speech_filled:
+                stored = self.weights.files[TOKEN2WAV].items()
+                fill(token2wav, {name: tensor for name, tensor in stored if not name.startswith(STORED)})
+                self._speech_filled = True
+        return token2wav
 
-        defaults = self.generation
-        limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        return Session(self, mode, sampling or defaults.sampling, limit, seed, system)
+    def verify(self) -> None:
+        """Return when every byte of every file in use is known to be right. Raises CheckpointError or RankError."""
+        self.weights.wait()
+        self.verify_text()
 
-    def use_voice(self, folder: str | os.PathLike[str]) -> None:
-        """Speak with the voice in a folder, see voice.read_voice, instead of the checkpoint's. Raises ConfigError."""
-        if self.networks.token2wav is None:
-            raise CovoError("a model without token2wav has no voice; leave out the voice, or load a model that speaks")
-        self.networks.token2wav.set_voice(read_voice(folder, self.networks.token2wav.config.dit))
+    def waveform(self, source: Any, sample_rate: int | None = None, warn: audio.Warn = audio.log.warning) -> Tensor:
+        """Return a question as the model hears it: [N] at 24 kHz, prepared.
+
+        source: path of an audio file, an open one, its bytes, or samples [N] or [N, channels] with their sample_rate.
+        warn gets a line for everything that is odd. Raises AudioError, also for a file longer than the context.
+        """
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "audio")
+        longest = audio.max_seconds(self.max_context, self.config.adapter.num_layers)
+        try:
+            if isinstance(source, str | os.PathLike):
+                samples, rate = audio.read_audio(source, longest, warn)
+            elif isinstance(source, bytes | bytearray | memoryview):
+                samples, rate = audio.decode_audio(io.BytesIO(source), name, longest, warn=warn)
+            elif hasattr(source, "read"):
+                samples, rate = audio.decode_audio(source, str(name), longest, warn=warn)
+            elif sample_rate is None:
+                raise ValueError("samples need their sample_rate")
+            else:
+                samples, rate = audio.to_mono(source, warn=warn), sample_rate
+        except audio.TooLongError as error:
+            raise audio.TooLongError(f"{error}: cut it, or load with a larger max_context (--max-context)") from None
+        return audio.prepare(samples, rate, str(name))
 
     @torch.inference_mode()
     def encode(self, waveform: Tensor) -> Tensor:
         """Return audio features [frames, C_llm] at 6.25 Hz for all 30 s segments. waveform: [N] at 24 kHz, prepared."""
-        networks, features = self.networks, []
-        for mel in audio.features(waveform, self._mel_filters):
-            states = networks.encoder(mel[None].to(self.device, self.dtype))
-            features.append(networks.adapter(states)[0])
-        return torch.cat(features)
+        mels, place = audio.features(waveform, self.config.encoder.num_mels), self.devices.encoder
+        return torch.cat([self._encoder(mel[None].to(place, self.dtype))[0] for mel in mels]).to(self.device)
 
-    @torch.inference_mode()
+    def speech_stream(
+        self,
+        blocks: SpeechBlocks = WHOLE,
+        seed: int = 0,
+        noise: Noise | None = None,
+        on_progress: Progress | None = None,
+        voice: Voice | None = None,
+        flow: Flow | None = None,
+    ) -> SpeechStream:
+        """Return a stream that speaks codes while they come.
+
+        noise: by default drawn on the host from `seed`; on_progress gets (stage, steps done, steps in all) of each
+        block; voice, flow: by default the checkpoint's. Raises CovoError if the checkpoint has no token2wav.
+        """
+        networks, chosen = self.speech, voice or self.voice
+        assert chosen is not None, "a model that speaks has a voice"
+        noise = noise or drawn_noise(seed, networks.config.dit.latent_dim)
+        voice = chosen.to(self.devices.speech)
+        return SpeechStream(networks, voice, noise, blocks, flow, on_progress, before_sound=self.weights.wait)
+
     def token2wav(
-        self, codes: Sequence[int], noise: Any = None, seed: int = 0, on_progress: Progress | None = None
+        self,
+        codes: Sequence[int],
+        noise: Any = None,
+        seed: int = 0,
+        on_progress: Progress | None = None,
+        voice: Voice | None = None,
+        flow: Flow | None = None,
+        blocks: SpeechBlocks = WHOLE,
     ) -> NDArray[np.float32]:
         """Return the waveform float32 [N] at 24 kHz of audio codes; empty for no codes.
 
-        noise: [1, L, Z], L = latent frames of voice prompt and reply; by default drawn on the host from `seed`;
-        on_progress gets (stage, steps done, steps in all).
-        Raises CovoError if the checkpoint has no token2wav or a code is outside the table.
+        noise: [1, L, Z], L = latent frames of voice prompt and reply; the rest as speech_stream takes it. Raises
+        CovoError if the checkpoint has no token2wav or a code is outside the table.
         """
-        token2wav = self.networks.token2wav
-        if token2wav is None:
-            raise CovoError("this model was loaded without token2wav: it answers in text only (mode a2t)")
-        num_codes = token2wav.config.dit.num_codes
-        if wrong := sorted({code for code in codes if not 0 <= code < num_codes}):
-            raise CovoError(f"audio codes must be in 0..{num_codes - 1}, found {wrong[:10]}")
+        self.require_speech()
         if not len(codes):
             return np.zeros(0, dtype=np.float32)
-        shape = (1, token2wav.num_frames(len(codes)), token2wav.config.dit.latent_dim)
-        if noise is None:
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        noise = torch.as_tensor(noise, dtype=torch.float32)
-        if noise.shape != shape:
-            raise CovoError(f"noise must have shape {list(shape)} for {len(codes)} codes, found {list(noise.shape)}")
-        waveform = token2wav(torch.tensor(codes, device=self.device), noise[0].to(self.device), on_progress)
-        self.weights.wait()  # nothing is heard before all weights are verified
-        return waveform.cpu().numpy()
+        given = None
+        if noise is not None:
+            noise, chosen = torch.as_tensor(noise, dtype=torch.float32), voice or self.voice
+            assert chosen is not None, "a model that speaks has a voice"
+            shape = (1, self.speech.num_frames(len(codes), chosen), self.speech.config.dit.latent_dim)
+            if noise.shape != shape:
+                found = list(noise.shape)
+                raise CovoError(f"noise must have shape {list(shape)} for {len(codes)} codes, found {found}")
+            given = given_noise(noise[0])
+        stream = self.speech_stream(blocks, seed, given, on_progress, voice, flow)
+        return np.concatenate((stream.push(codes), stream.finish()))
 
-    def decoder(self, sampling: Sampling, num_slots: int = 1) -> Decoder:
-        """Return a decoder with an empty KV cache for dialogues of at most max_context tokens."""
-        cache = allocate(self.config.llm, num_slots, self.max_context, self.dtype, self.device)
-        return Decoder(self.networks.llm, cache, sampling, self.capture)
+
+def speech_dtype(choice: str, dtype: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrix products of flow matching.
+
+    choice auto follows `dtype` if that was chosen, too; if nothing was, it is the device's fast one.
+    """
+    if choice != "auto":
+        return _dtype(choice)
+    return fast_dtype(device) if dtype is None else _dtype(dtype)
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise BackendError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def fill(networks: Networks, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Assign every tensor of the checkpoint to its place in networks that stand on the meta device.
-
-    The parts in FILE_STEMS compute in `dtype`, but for the front end's table; token2wav stays as it is stored. Raises
-    CheckpointError with both lists if tensors are missing or unexpected. Afterwards nothing is left on meta.
-    """
-    placed = {}
-    for name, tensor in tensors.items():
-        part = name.partition(".")[0]
-        target = name if part in FILE_STEMS else f"token2wav.{name}"
-        placed[target] = tensor.to(dtype) if part in FILE_STEMS and part != "frontend" else tensor
-    wanted = networks.state_dict()
-    missing, unexpected = sorted(wanted.keys() - placed.keys()), sorted(placed.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & placed.keys() if wanted[name].shape != placed[name].shape)
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        found = "; ".join(f"{len(names)} {label}: {', '.join(names[:10])}" for label, names in lists if names)
-        raise CheckpointError(f"the tensors of the checkpoint do not fit its config: {found}; convert the source again")
-    networks.load_state_dict(placed, strict=True, assign=True)
-    networks.eval()

@@ -25,6 +25,12 @@ def first_round(tokenizer: Tokenizer, system_text: str, placeholders: int) -> li
     return [start, *text, end, *tokenizer.encode("\n"), *_question(tokenizer, placeholders)]
 
 
+def shared(tokenizer: Tokenizer, system_text: str) -> list[int]:
+    """Return the ids up to the audio of the first question: the same for every dialogue with this system text."""
+    ids = first_round(tokenizer, system_text, 1)
+    return ids[: ids.index(tokenizer.special["cAUDIO"])]
+
+
 def next_round(tokenizer: Tokenizer, placeholders: int) -> list[int]:
     """Return the ids of a later question. They follow the last reply's ids in the cache directly."""
     return [*tokenizer.encode("\n"), *_question(tokenizer, placeholders)]

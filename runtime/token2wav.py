@@ -1,30 +1,18 @@
-"""Audio codes to a waveform: flow matching under the voice prompt, statistics, vocoder."""
+"""The networks of speech: flow matching from audio codes to latents under a voice, statistics, vocoder."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
-from covo_npu.runtime.bigvgan import BigVGAN
-from covo_npu.runtime.config import Token2WavConfig, VoiceConfig
-from covo_npu.runtime.dit import DiT, Modulation
+from covo_npu.runtime.checkpoint.config import Token2WavConfig
 from covo_npu.runtime.flow import Flow, guided, integrate
-from covo_npu.runtime.layers import parameter
-
-Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
-
-
-class Voice(nn.Module):
-    """The voice prompt. prompt_codes: [P] int64; prompt_latents: [L_prompt, Z]; speaker_embedding: [C_speaker]."""
-
-    def __init__(self, config: Token2WavConfig) -> None:
-        super().__init__()
-        self.prompt_codes = parameter(config.voice.num_codes, dtype=torch.int64)
-        self.prompt_latents = parameter(config.voice.num_frames, config.dit.latent_dim)
-        self.speaker_embedding = parameter(config.dit.speaker_dim)
+from covo_npu.runtime.networks.bigvgan import BigVGAN
+from covo_npu.runtime.networks.dit import DiT, TimeModulation
+from covo_npu.runtime.networks.layers import parameter
+from covo_npu.runtime.voice import Voice
 
 
 class Statistics(nn.Module):
@@ -35,70 +23,47 @@ class Statistics(nn.Module):
         self.mean = parameter(config.dit.latent_dim)
         self.std = parameter(config.dit.latent_dim)
 
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return normalised latents [L, Z] as the vocoder wants them."""
+        return self.mean + latents * self.std
+
 
 class Token2Wav(nn.Module):
-    """The networks of speech and their voice."""
+    """The networks of speech. Voices and ways to solve the ODE are arguments: calls with others may run side by side.
 
-    def __init__(self, config: Token2WavConfig, kernels: Kernels) -> None:
+    Tensors of a call are on one device with the weights, a voice's too. flow None is the checkpoint's own.
+    """
+
+    def __init__(self, config: Token2WavConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the matrix products in the transformer's blocks; all else is float32."""
         super().__init__()
         self.config = config
-        self.voice = Voice(config)
-        self.statistics = Statistics(config)
-        self.dit = DiT(config.dit, kernels)
-        self.vocoder = BigVGAN(config.vocoder, kernels)
         self.flow = Flow(config.flow.time_points - 1)
-        self.dtype = torch.float32
-        self._modulations: list[Modulation] = []
+        self.statistics = Statistics(config)
+        self.dit = DiT(config.dit, kernels, dtype)
+        self.vocoder = BigVGAN(config.vocoder, kernels)
 
-    def configure(self, dtype: torch.dtype, flow: Flow | None = None) -> None:
-        """Set the dtype of the transformer's matrix products and, if given, how the ODE is solved.
-
-        The weights are cast when they are first needed; from a narrower dtype there is no way back.
-        """
-        self.dtype = dtype
-        if flow is not None:
-            self.flow = flow
-            self._modulations.clear()
-
-    def num_frames(self, num_codes: int) -> int:
+    def num_frames(self, num_codes: int, voice: Voice) -> int:
         """Return L, the latent frames of prompt and reply together, for a reply of num_codes codes."""
-        return (self.config.voice.num_codes + num_codes) * self.config.dit.upsample_factor
+        return (voice.num_codes + num_codes) * self.config.dit.upsample_factor
 
-    def set_voice(self, voice: Mapping[str, Tensor]) -> None:
-        """Speak with another voice: the tensors of Voice by name, in its dtypes."""
-        device = self.statistics.mean.device
-        for name, tensor in voice.items():
-            setattr(self.voice, name, nn.Parameter(tensor.to(device), requires_grad=False))
-        sizes = VoiceConfig(num_codes=voice["prompt_codes"].shape[0], num_frames=voice["prompt_latents"].shape[0])
-        self.config = replace(self.config, voice=sizes)
-        self._modulations.clear()
+    def solve(
+        self, codes: Tensor, known_latents: Tensor, noise: Tensor, voice: Voice, flow: Flow | None = None
+    ) -> Iterator[Tensor]:
+        """Yield after each evaluation of the network the normalised latents [L - K, Z] float32 that follow the known.
 
-    def forward(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
-        """Return the waveform [N] at 24 kHz. codes: [n] int64, n >= 1; noise: [L, Z] float32, L = num_frames(n)."""
-        latents = self.latents(codes, noise, on_progress)
-        return self.vocoder(latents.T[None], partial(on_progress, "vocoder") if on_progress else None)[0]
-
-    def latents(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
-        """Return the reply's latents [frames, Z], ready for the vocoder.
-
-        The prompt's frames are cut off. They reach beyond the prompt's codes (1167 > 4 * 291), so the reply loses its
-        first frames: n codes give 4 n - 3 frames with the default voice.
+        The last ones are the solution. codes: [n] int64, all of them, a prompt's first; known_latents: [K, Z] of the
+        first K frames, K <= L, those of a prompt or any that were solved before: they condition the others. noise:
+        [L, Z], L = upsample_factor * n, where the ODE starts. voice: whose speaker it is; its prompt is not read.
         """
-        latents = self.normalised_latents(codes, noise, on_progress)[self.config.voice.num_frames :]
-        return self.statistics.mean + latents * self.statistics.std
+        flow = flow or self.flow
+        conditions = self.dit.conditions(codes, known_latents)
+        modulations = self.dit.modulations(flow.times(), voice.speaker_embedding)
 
-    def normalised_latents(self, codes: Tensor, noise: Tensor, on_progress: Progress | None = None) -> Tensor:
-        """Return the solution of the ODE from the noise, prompt included: [L, Z] float32."""
-        flow = self.flow
-        if not self._modulations:  # they depend on time and voice only
-            self._modulations = [self.dit.modulation(time, self.voice.speaker_embedding) for time in flow.times()]
-        self.dit.multiply_in(self.dtype)
-        conditions = self.dit.conditions(torch.cat((self.voice.prompt_codes, codes)), self.voice.prompt_latents)
-
-        def velocity(latents: Tensor, evaluation: int) -> Tensor:
-            velocities = self.dit(latents, conditions, self._modulations[evaluation])
-            if on_progress:
-                on_progress("flow matching", evaluation + 1, flow.evaluations)
+        def velocity(modulation: TimeModulation, latents: Tensor) -> Tensor:
+            velocities = self.dit(latents, conditions, modulation)
             return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
 
-        return integrate(velocity, noise, flow)
+        at_times = [partial(velocity, modulation) for modulation in modulations]
+        for latents in integrate(at_times, noise, flow):
+            yield latents[known_latents.shape[0] :]

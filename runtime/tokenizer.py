@@ -35,7 +35,7 @@ class Tokenizer:
         if not Path(path).is_file():
             raise TokenizerError(f"{path}: does not exist; convert the checkpoint again")
         try:
-            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+            backend = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())  # a path may be no Unicode
         except BaseException as error:
             if not is_damage(error):
                 raise
@@ -51,6 +51,8 @@ class Tokenizer:
         ]
         if differing:
             raise TokenizerError(f"{path}: does not belong to this checkpoint: {'; '.join(differing)}")
+        backend.no_truncation()  # a prompt is never cut, whatever the file asks for
+        backend.no_padding()
         return cls(backend, special_tokens)
 
     def __len__(self) -> int:

@@ -2,25 +2,32 @@
 
 import contextlib
 import errno
+import io
+import json
 import logging
 import os
 import re
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from covo_npu.kernels.errors import CovoError
+from covo_npu.runtime import output
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # CUDA and NPU; the CPU
-NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})  # neither a reply nor a name steers the terminal
+NO_CONTROLS = dict.fromkeys(set(range(32)) - {9, 10} | {127})
+SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no text, and JSON of half a character
 VERBOSE = {"--verbose", "-v"}
 OK, FAULT, USAGE = 0, 1, 2
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+IMPORTED_S = time.monotonic()
 
 
 class Terminated(BaseException):
@@ -38,9 +45,11 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
     arguments = sys.argv[1:] if argv is None else argv
     verbose = bool(VERBOSE & set(arguments))
     try:
+        _prepare_streams()
         with _termination_raises(), _stages_logged(prog, verbose):
             result = command.main(args=list(arguments), prog_name=prog, standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return result if isinstance(result, int) else OK
     except click.UsageError as error:
         error.show()
@@ -61,7 +70,13 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
             raise
         if verbose:
             traceback.print_exc()
-        return _ended(prog, message, FAULT)
+        code = _ended(prog, message, FAULT)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # it was stdout that could not be written
+            _reader_gone()
+        return code
     except SystemExit as leave:  # click ends so when the reader of stdout is gone
         return _reader_gone() if leave.code == FAULT else int(leave.code or OK)
 
@@ -71,7 +86,7 @@ class Screen:
 
     def __init__(self, prog: str, quiet: bool = False, err: bool = False) -> None:
         self.prog, self.quiet, self.err = prog, quiet, err
-        self.live = not quiet and (sys.stderr if err else sys.stdout).isatty()  # text is shown as it is generated
+        self.live = not quiet and is_terminal(sys.stderr if err else sys.stdout)  # text is shown as it is generated
 
     def line(self, text: str = "") -> None:
         """Show a line."""
@@ -80,11 +95,94 @@ class Screen:
     def text(self, text: str) -> None:
         """Show a piece of text."""
         if not self.quiet:
-            click.echo(text.translate(NO_CONTROLS), nl=False, err=self.err)
+            click.echo(legible(text), nl=False, err=self.err)
+
+    def warning(self, message: str) -> None:
+        """Show on stderr what is odd."""
+        if not self.quiet:
+            click.echo(f"{self.prog}: warning: {legible(message)}", err=True)
 
     def error(self, message: str) -> None:
         """Show a fault on stderr, also if quiet."""
-        click.echo(f"{self.prog}: {message.translate(NO_CONTROLS)}", err=True)
+        click.echo(f"{self.prog}: {legible(message)}", err=True)
+
+
+def show(text: str, report: Mapping[str, Any], json_file: str | None) -> None:
+    """Show a result: the text on stdout and, with --json, the report as a JSON object. On stdout JSON stands alone."""
+    click.echo(legible(text), err=json_file == "-")
+    if json_file is not None:
+        write_json(json_file, report)
+
+
+def write_json(target: str, report: Mapping[str, Any]) -> None:
+    """Write a JSON object to stdout ("-") or to a file, as output.write does; "command" in it says which one made it.
+
+    Raises OutputError if it cannot be written, or if a file came there meanwhile that no command made.
+    """
+    if target == "-":
+        if sys.stdout is None:
+            raise output.OutputError("--json -: stdout is closed")
+        escape = "utf" not in (sys.stdout.encoding or "utf").lower()  # JSON is UTF-8, or escaped
+        click.echo(as_json(report, escape), nl=False)
+        return
+    output.require_writable(target, is_report)
+    output.write(target, as_json(report).encode())
+
+
+def keep_json(target: str | None, report: Mapping[str, Any], screen: Screen) -> bool:
+    """Return whether the report is where it should be; if it cannot be written there, it is kept elsewhere, and said.
+
+    target None: nobody wants it.
+    """
+    try:
+        if target is not None:
+            write_json(target, report)
+        return True
+    except output.OutputError as error:
+        place = output.aside("report", ".json")
+        output.write(place, as_json(report).encode())
+        screen.error(f"{error}; the results are in {place}")
+        return False
+
+
+def as_json(report: Mapping[str, Any], escape: bool = False) -> str:
+    """Return a report as JSON text that any encoding of Unicode takes; names in other encodings are shown legibly."""
+    context = click.get_current_context(silent=True)
+    report = {"command": context.command_path, **report} if context else report
+    text = json.dumps(report, ensure_ascii=escape, indent=1)
+    return SURROGATE.sub(lambda found: "\\" + _escaped(found), text) + "\n"
+
+
+def is_report(content: bytes) -> bool:
+    """Whether this is what write_json wrote."""
+    try:
+        report = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and str(report.get("command", "")).startswith("covo-")
+
+
+def legible(text: str) -> str:
+    """Return a text that every Unicode stream takes: bytes of a name that are no UTF-8 as \\xNN, no control characters.
+
+    So neither a reply nor a name steers the terminal.
+    """
+    return SURROGATE.sub(_escaped, text).translate(NO_CONTROLS)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def process_age_s() -> float:
+    """Return the seconds since this process started, from the kernel; elsewhere since this module was imported."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return time.monotonic() - IMPORTED_S
 
 
 def progress(total: int, unit: str, description: str, enabled: bool = True) -> Any:
@@ -100,10 +198,25 @@ def progress(total: int, unit: str, description: str, enabled: bool = True) -> A
         unit_scale=unit == "B",
         desc=description,
         file=sys.stderr,
-        disable=not (enabled and sys.stderr.isatty()),
+        disable=not (enabled and is_terminal(sys.stderr)),
         dynamic_ncols=True,
         leave=False,
     )
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person is there. None: the stream is closed."""
+    return stream is not None and stream.isatty()
+
+
+def _prepare_streams() -> None:
+    """Let streams take whatever comes, in and out, and no file become the descriptor of one that is closed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager
@@ -159,7 +272,7 @@ def _message(error: Exception) -> str | None:
 
 
 def _ended(prog: str, message: str, code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody can be told
         Screen(prog).error(message)
     return code
 

@@ -7,16 +7,15 @@ keeps the last inputs of each layer for the next piece. A whole reply is a strea
 anti-alias filters look ahead: `samples_ready` adds up how far.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import pairwise
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import SNAKE_CONTEXT, Kernels
-from covo_npu.runtime.config import VocoderConfig
-from covo_npu.runtime.layers import Conv1d, ConvTranspose1d, Stack, parameter
+from covo_npu.runtime.checkpoint.config import VocoderConfig
+from covo_npu.runtime.networks.layers import Conv1d, ConvTranspose1d, Derived, Stack, parameter
 
 FILTER_TAPS = 12
 
@@ -24,6 +23,11 @@ FILTER_TAPS = 12
 # and the convolutions of an NPU take at most 1,000,000 samples.
 PIECE_FRAMES = {"cpu": 128}
 PIECE_FRAMES_OF_A_DEVICE = 1024
+
+
+def piece_frames(device: torch.device) -> int:
+    """Return how many frames a piece has at most."""
+    return PIECE_FRAMES.get(device.type, PIECE_FRAMES_OF_A_DEVICE)
 
 
 class Stream:
@@ -58,27 +62,18 @@ class Stream:
             self._kept[layer] = buffer[..., count:].clone()
         return buffer[..., :count]
 
-    def rows(self, chosen: Sequence[int]) -> "Stream":
-        """Return a stream that goes on with some rows of the batch."""
-        part = Stream()
-        part._kept = {layer: kept[list(chosen)] for layer, kept in self._kept.items()}
-        return part
 
-
-class Filters(nn.Module):
-    """The two anti-alias filters, as tensors of the checkpoint and as host constants for the kernels."""
+class Filters(Derived):
+    """The two anti-alias filters. taps: both as host constants, for the kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = parameter(FILTER_TAPS)
         self.down = parameter(FILTER_TAPS)
-        self._taps: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self.taps: tuple[tuple[float, ...], tuple[float, ...]] = (), ()
 
-    def taps(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return (up, down) on the host. Read back from the device once."""
-        if self._taps is None:
-            self._taps = tuple(self.up.tolist()), tuple(self.down.tolist())
-        return self._taps
+    def derive(self) -> None:
+        self.taps = tuple(self.up.tolist()), tuple(self.down.tolist())
 
 
 class Snake(nn.Module):
@@ -90,14 +85,26 @@ class Snake(nn.Module):
         self.inverse_beta = parameter(channels)
 
 
-class Activation:
-    """SnakeBeta of the channels of some layers side by side; its samples come SNAKE_CONTEXT late."""
+class Activation(Derived):
+    """SnakeBeta of some layers, side by side in the channels; its samples come SNAKE_CONTEXT late.
+
+    alpha, inverse_beta: [C] over all layers, joined.
+    """
 
     window = 2 * SNAKE_CONTEXT
 
-    def __init__(self, kernels: Kernels, snakes: Sequence[Snake]) -> None:
-        self.kernels, self.snakes = kernels, snakes
-        self._parameters: tuple[Tensor, Tensor] | None = None
+    def __init__(self, kernels: Kernels, snakes: Iterable[Snake]) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self._snakes = tuple(snakes)  # a tuple: as modules they belong to their layers
+        self.alpha: Tensor
+        self.inverse_beta: Tensor
+        for name in ("alpha", "inverse_beta"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+    def derive(self) -> None:
+        self.alpha = torch.cat([snake.alpha for snake in self._snakes])
+        self.inverse_beta = torch.cat([snake.inverse_beta for snake in self._snakes])
 
     def step(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
         """Return [B, C, N'], as much as can be told. x: [B, C, N], C over all layers."""
@@ -105,10 +112,9 @@ class Activation:
         if buffer.shape[-1] < self.window and not stream.ends:
             return x[..., :0]  # the first samples wait until the edge lies outside of the window
         starts = buffer.shape[-1] - x.shape[-1] < self.window
-        if self._parameters is None:  # joined on first use, when the checkpoint has filled them
-            alphas, inverse_betas = zip(*((snake.alpha, snake.inverse_beta) for snake in self.snakes))
-            self._parameters = torch.cat(alphas), torch.cat(inverse_betas)
-        return self.kernels.anti_aliased_snake(buffer, *self._parameters, *filters.taps(), starts, stream.ends)
+        return self.kernels.anti_aliased_snake(
+            buffer, self.alpha, self.inverse_beta, *filters.taps, starts, stream.ends
+        )
 
     @classmethod
     def samples_ready(cls, inputs: int) -> int:
@@ -154,7 +160,7 @@ class Upsample(ConvTranspose1d):
 
 
 class ResidualBlock(nn.Module):
-    """The layers of pairs of a dilated and a plain convolution, each after an activation. See Stage."""
+    """The weights of one residual block, by their names in the checkpoint. How they are used: ResidualLayer."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels) -> None:
         super().__init__()
@@ -163,12 +169,35 @@ class ResidualBlock(nn.Module):
         self.acts = Stack(Snake(channels) for _ in range(2 * len(dilations)))
 
 
-class Stage(nn.Module):
-    """Raise the rate, halve the channels, then the mean of the residual blocks.
+class ResidualLayer(nn.Module):
+    """x + conv2(act2(conv1(act1(x)))): layer j of all residual blocks of a stage.
 
     The blocks run side by side, their signals stacked in the channels: an activation is many small operators, and one
     serves all blocks.
     """
+
+    def __init__(self, blocks: Sequence[ResidualBlock], j: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.act1 = Activation(kernels, (block.acts[2 * j] for block in blocks))
+        self.act2 = Activation(kernels, (block.acts[2 * j + 1] for block in blocks))
+        self._conv1 = tuple(block.conv1[j] for block in blocks)
+        self._conv2 = tuple(block.conv2[j] for block in blocks)
+
+    def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
+        """Return [B, blocks * C, N'], as much as can be told. x: [B, blocks * C, N]."""
+        y = _side_by_side(self._conv1, self.act1.step(x, filters, stream), stream)
+        y = _side_by_side(self._conv2, self.act2.step(y, filters, stream), stream)
+        return y.add_(stream.delayed(self, x, y.shape[-1]))
+
+
+def _side_by_side(convolutions: Sequence[StreamConv1d], x: Tensor, stream: Stream) -> Tensor:
+    """Return the convolution of each block's channels. x: [B, blocks * C, N]."""
+    parts = x.chunk(len(convolutions), dim=1)
+    return torch.cat([conv.step(part, stream) for conv, part in zip(convolutions, parts, strict=True)], dim=1)
+
+
+class Stage(nn.Module):
+    """Raise the rate, halve the channels, then the mean of the residual blocks."""
 
     def __init__(self, config: VocoderConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
@@ -180,32 +209,22 @@ class Stage(nn.Module):
             ResidualBlock(channels, kernel_size, dilations, kernels)
             for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
         )
-        acts = zip(*(block.acts for block in self.blocks), strict=True)
-        self._activations = [Activation(kernels, snakes) for snakes in acts]
+        num_layers = len(config.resblock_dilations[0])
+        self.layers = Stack(ResidualLayer(list(self.blocks), j, kernels) for j in range(num_layers))
 
     def forward(self, x: Tensor, filters: Filters, stream: Stream) -> Tensor:
         """Return [B, C / 2, N'], as much as can be told of N * rate. x: [B, C, N]."""
-        x = torch.cat([self.upsample.step(x, stream)] * len(self.blocks), dim=1)  # [B, blocks * C, N]
-        conv1s, conv2s = zip(*(block.conv1 for block in self.blocks)), zip(*(block.conv2 for block in self.blocks))
-        layers = zip(self._activations[::2], conv1s, self._activations[1::2], conv2s, strict=True)
-        for pair, (act1, conv1, act2, conv2) in enumerate(layers):
-            y = _convolve(conv1, act1.step(x, filters, stream), stream)
-            y = _convolve(conv2, act2.step(y, filters, stream), stream)
-            x = y.add_(stream.delayed((self, pair), x, y.shape[-1]))  # the residual sum
+        x = torch.cat([self.upsample.step(x, stream)] * len(self.blocks), dim=1)  # [B, blocks * C / 2, N * rate]
+        for layer in self.layers:
+            x = layer(x, filters, stream)
         return x.unflatten(1, (len(self.blocks), -1)).mean(1)
 
     def samples_ready(self, inputs: int) -> int:
         """Return how many samples are out after some inputs, the end not yet known."""
         samples = inputs * self.upsample.rate
-        for act in self._activations:
-            samples = act.samples_ready(samples)
+        for layer in self.layers:
+            samples = layer.act2.samples_ready(layer.act1.samples_ready(samples))
         return samples
-
-
-def _convolve(convolutions: Sequence[StreamConv1d], x: Tensor, stream: Stream) -> Tensor:
-    """Return the convolution of each block's channels, side by side. x: [B, blocks * C, N]."""
-    parts = x.chunk(len(convolutions), dim=1)
-    return torch.cat([conv.step(part, stream) for conv, part in zip(convolutions, parts, strict=True)], dim=1)
 
 
 class BigVGAN(nn.Module):
@@ -218,40 +237,18 @@ class BigVGAN(nn.Module):
         self.conv_pre = StreamConv1d(kernels, config.latent_dim, config.initial_channels, 7, look_ahead=3)
         self.stages = Stack(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
         self.act_post = Snake(last_channels)
-        self._act_post = Activation(kernels, [self.act_post])
+        self.last_act = Activation(kernels, [self.act_post])
         self.conv_post = StreamConv1d(kernels, last_channels, 1, 7)
 
-    def forward(self, latents: Tensor, on_piece: Callable[[int, int], None] | None = None) -> Tensor:
-        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz; on_piece gets (done, total)."""
-        return torch.stack(self.replies(list(latents), on_piece))
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return waveforms [B, N] in [-1, 1], N = 240 L. latents: [B, Z, L] at 100 Hz."""
+        return torch.cat(list(self.pieces(latents, Stream(), ends=True)), dim=-1)
 
-    def replies(self, latents: Sequence[Tensor], on_piece: Callable[[int, int], None] | None = None) -> list[Tensor]:
-        """Return the waveform [N] of each reply's latents [Z, L], L >= 1, computed in one batch.
-
-        Nothing is padded: a reply leaves the batch where it ends, so it sounds as it would alone.
-        """
-        lengths = [reply.shape[-1] for reply in latents]
-        longest = max(lengths)
-        piece = PIECE_FRAMES.get(latents[0].device.type, PIECE_FRAMES_OF_A_DEVICE)
-        cuts = sorted({0, *range(piece, longest, piece), *lengths})
-        waveforms: list[list[Tensor]] = [[] for _ in latents]
-
-        def advance(rows: list[int], start: int, end: int, stream: Stream, ends: bool) -> None:
-            frames = torch.stack([latents[row][:, start:end] for row in rows])
-            for row, samples in zip(rows, self.step(frames, stream, ends)):
-                waveforms[row].append(samples)
-
-        # The longest first, so that the replies that go on are always the first rows of the batch.
-        rows, stream = sorted(range(len(latents)), key=lambda row: -lengths[row]), Stream()
-        for done, (start, end) in enumerate(pairwise(cuts), 1):
-            advance(rows, start, end, stream, ends=end == longest)
-            going_on = sum(lengths[row] > end for row in rows)
-            if 0 < going_on < len(rows):
-                advance(rows[going_on:], end, end, stream.rows(range(going_on, len(rows))), ends=True)
-                rows, stream = rows[:going_on], stream.rows(range(going_on))
-            if on_piece:
-                on_piece(done, len(cuts) - 1)
-        return [torch.cat(pieces) for pieces in waveforms]
+    def pieces(self, latents: Tensor, stream: Stream, ends: bool) -> Iterator[Tensor]:
+        """Yield what step() returns for [B, Z, L], L >= 1, one piece of bounded size after the other."""
+        pieces = latents.split(piece_frames(latents.device), dim=-1)
+        for number, piece in enumerate(pieces, 1):
+            yield self.step(piece, stream, ends and number == len(pieces))
 
     def step(self, latents: Tensor, stream: Stream, ends: bool) -> Tensor:
         """Return the samples [B, N] that one more piece decides. latents: [B, Z, L], L >= 0.
@@ -262,11 +259,11 @@ class BigVGAN(nn.Module):
         x = self.conv_pre.step(latents, stream)
         for stage in self.stages:
             x = stage(x, self.filters, stream)
-        return torch.tanh(self.conv_post.step(self._act_post.step(x, self.filters, stream), stream))[:, 0]
+        return torch.tanh(self.conv_post.step(self.last_act.step(x, self.filters, stream), stream))[:, 0]
 
     def samples_ready(self, frames: int) -> int:
         """Return how many samples are out after some frames of a stream that goes on."""
         samples = max(0, frames - self.conv_pre.look_ahead)
         for stage in self.stages:
             samples = stage.samples_ready(samples)
-        return self._act_post.samples_ready(samples)
+        return self.last_act.samples_ready(samples)

@@ -1,9 +1,9 @@
-"""The format of a converted checkpoint (npu_ckpt), layout version 1: what the writer plans and what the reader refuses.
+"""The format of a converted checkpoint (npu_ckpt), layout version 2: what the writer plans and what the reader refuses.
 
-A folder holds `manifest.json`, the text files of the tokenizer and sampling defaults, and safetensors files. In these,
-data starts at a multiple of 4096 bytes and every tensor at a multiple of 512, in the order of use; explicit tensors
-`__pad.{n}` fill what would be holes. The manifest repeats every header, holds an xxh3-128 of each 16 MiB block of each
-file, and a hash of itself. Nothing is allocated, mapped or believed before it has been checked against the file.
+A folder holds `manifest.json`, the tokenizer, and safetensors files. In these, data starts at a multiple of 4096 bytes
+and every tensor at a multiple of 512, in the order of use; explicit tensors `__pad.{n}` fill what would be holes. The
+manifest repeats every header, holds an xxh3-128 of each 16 MiB block of each file, and a hash of itself. Nothing is
+allocated, mapped or believed before it has been checked against the file.
 """
 
 from __future__ import annotations
@@ -18,26 +18,32 @@ from typing import Any
 
 import xxhash
 
-from covo_npu.kernels.errors import CovoError
-from covo_npu.runtime.config import ModelConfig, from_dict
-from covo_npu.runtime.limits import require_plausible
+from covo_npu.kernels.errors import CovoError, listed
+from covo_npu.runtime.checkpoint.config import ModelConfig, from_dict
+from covo_npu.runtime.checkpoint.limits import require_plausible
+from covo_npu.runtime.output import MAX_NAME_BYTES
 
 FORMAT = "covo-npu"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+READABLE = (1, LAYOUT_VERSION)
+# What older layouts hold and nothing reads any more. Version 1: the mel filter bank; and generation_config.json.
+RETIRED = frozenset({"frontend.mel_filters"})
+INT8 = "int8"  # the weights of the LLM's products: I8 [N, K], each with a scale F32 [N] beside it
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-GENERATION_CONFIG = "generation_config.json"
 ENCODER = "encoder.safetensors"
 TOKEN2WAV = "token2wav.safetensors"
+PREFIX = "prefix.safetensors"
 
 BLOCK_BYTES = 16 * 2**20  # unit of the checksums
 DATA_ALIGNMENT = 4096  # a page: where the data of a safetensors file starts
 TENSOR_ALIGNMENT = 512  # what Ascend's allocator and direct I/O want; a multiple of the 64 bytes of AVX-512
 PAD_PREFIX = "__pad."
-MAX_NAME_BYTES = 255  # of a file: what file systems allow
 MAX_HEADER_BYTES = 16 * 2**20  # ours are below 1 MB; safetensors itself allows 100 MB
 MAX_MANIFEST_BYTES = 64 * 2**20
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "U8": 1}  # safetensors' spelling
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8, "U8": 1, "I8": 1}  # safetensors' spelling
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched
 
 _HASH_PREFIX = (
     b'{\n "manifest_xxh3_128": "'  # fixed for all versions, so that any reader can tell damage from a newer layout
@@ -80,6 +86,7 @@ class Manifest:
     layout_version: int
     producer: str
     dtype: str  # of the LLM and the encoder: "bfloat16", "float16" or "float32"; token2wav is always float32
+    int8: bool  # whether the products of the LLM's layers are held in 8 bits
     ranks: tuple[str, ...]  # the LLM's file of each tensor-parallel rank
     config: ModelConfig
     special_tokens: Mapping[str, int]
@@ -102,37 +109,13 @@ class FilePlan:
         return {name: entry for name, entry in self.entries.items() if not name.startswith(PAD_PREFIX)}
 
 
-class BlockHasher:
-    """xxh3-128 of each block of a stream of bytes, whatever the sizes of the pieces it arrives in."""
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file of a new checkpoint: its size, the xxh3-128 of each block, its layout if it is a safetensors file."""
 
-    def __init__(self) -> None:
-        self._digests: list[str] = []
-        self._hash = xxhash.xxh3_128()
-        self._room = BLOCK_BYTES
-
-    def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Take the next bytes of the stream."""
-        view = memoryview(data).cast("B")
-        while view.nbytes:
-            piece, view = view[: self._room], view[self._room :]
-            self._hash.update(piece)
-            self._room -= piece.nbytes
-            if self._room == 0:
-                self._digests.append(self._hash.hexdigest())
-                self._hash, self._room = xxhash.xxh3_128(), BLOCK_BYTES
-
-    def digests(self) -> list[str]:
-        """The digests of all blocks, the last one perhaps shorter; [] for an empty stream."""
-        return self._digests + ([self._hash.hexdigest()] if self._room < BLOCK_BYTES else [])
-
-
-def block_digests(path: Path) -> list[str]:
-    """Return the block digests of a file, read from disk."""
-    hasher = BlockHasher()
-    with path.open("rb") as file:
-        while data := file.read(BLOCK_BYTES):
-            hasher.update(data)
-    return hasher.digests()
+    bytes: int
+    blocks: list[str]
+    layout: FilePlan | None = None
 
 
 def plan_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FilePlan:
@@ -158,22 +141,22 @@ def plan_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FilePlan:
     return FilePlan(len(text).to_bytes(8, "little") + text, entries, start + end)
 
 
-def manifest_files(files: Mapping[str, tuple[FilePlan | None, int, list[str]]]) -> dict[str, Any]:
-    """Return the "files" and "tensors" parts of a manifest. files: name -> (plan or None, bytes, block digests)."""
+def manifest_files(files: Mapping[str, WrittenFile]) -> dict[str, Any]:
+    """Return the "files" and "tensors" parts of a manifest."""
     return {
         "files": {
             name: {
-                "bytes": size,
-                "data_start": len(plan.header) if plan else None,
+                "bytes": file.bytes,
+                "data_start": len(file.layout.header) if file.layout else None,
                 "block_bytes": BLOCK_BYTES,
-                "xxh3_128": digests,
+                "xxh3_128": file.blocks,
             }
-            for name, (plan, size, digests) in files.items()
+            for name, file in files.items()
         },
         "tensors": {
-            name: {key: [t.dtype, list(t.shape), t.offset, t.bytes] for key, t in plan.tensors.items()}
-            for name, (plan, _, _) in files.items()
-            if plan
+            name: {key: [t.dtype, list(t.shape), t.offset, t.bytes] for key, t in file.layout.tensors.items()}
+            for name, file in files.items()
+            if file.layout
         },
     }
 
@@ -195,6 +178,16 @@ def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a manifest of this format: of any version, damaged or not."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            head = file.read(len(_HASH_PREFIX) + 4096)
+    except OSError:
+        return False
+    return head.startswith(_HASH_PREFIX) and f'"format": "{FORMAT}"'.encode() in head
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Return the manifest of the converted checkpoint in folder `path`, checked against every file.
 
@@ -206,11 +199,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         body = _read_body(folder)
         manifest = _parse(folder, body)
-        problems = [problem for file in manifest.files.values() for problem in _check_file(folder, file)]
+        problems = [problem for file in manifest.files.values() for problem in _check_file(file)]
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.filename or folder}: {error.strerror}") from error
     if problems:
-        raise CheckpointError(_together(f"{folder}: the files are not what the manifest says", problems))
+        title = f"{folder}: the files are not what the manifest says"
+        raise CheckpointError(f"{title}:\n  " + listed(problems, separator="\n  "))
     return manifest
 
 
@@ -229,6 +223,8 @@ def _read_body(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder} is a source checkpoint; convert it first: covo-convert --src {folder} --dst <new folder>"
             )
+        if snapshots := sorted(str(found.parent) for found in folder.glob(f"snapshots/*/{MANIFEST}")):
+            raise CheckpointError(f"{folder}: a cache folder; name the checkpoint in it: {listed(snapshots)}")
         raise CheckpointError(
             f"{folder}: has no {MANIFEST}: not a converted checkpoint, or the conversion did not finish"
         )
@@ -238,6 +234,8 @@ def _read_body(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a file of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
     text = path.read_bytes()
     end = len(_HASH_PREFIX) + _HASH_CHARACTERS
+    if text.startswith(LFS_POINTER):
+        raise CheckpointError(f"{path}: a pointer of git-lfs, not the file: git lfs pull fetches it")
     if not text.startswith(_HASH_PREFIX):
         raise CheckpointError(
             f"{path}: damaged, or not the manifest of a converted checkpoint; convert the source again"
@@ -252,11 +250,12 @@ def _read_body(folder: Path) -> dict[str, Any]:
     version = body.get("layout_version")
     if body.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {body.get('format')!r}")
-    if version != LAYOUT_VERSION:
+    if version not in READABLE:
         advice = (
             "upgrade covo-npu" if isinstance(version, int) and version > LAYOUT_VERSION else "convert the source again"
         )
-        raise CheckpointError(f"{path}: layout version {version!r}, this program reads {LAYOUT_VERSION}: {advice}")
+        readable = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{path}: layout version {version!r}, this program reads {readable}: {advice}")
     return body
 
 
@@ -266,7 +265,8 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
     tensors = _take(body, "tensors", dict, where)
     records = {name: _file_record(folder, name, files, tensors, where) for name in files}
     if surplus := sorted(set(tensors) - {name for name, file in records.items() if file.data_start is not None}):
-        raise CheckpointError(_together(f"{where}: tensors of files that are not listed as safetensors", surplus))
+        title = f"{where}: tensors of files that are not listed as safetensors"
+        raise CheckpointError(f"{title}:\n  " + listed(surplus, separator="\n  "))
     parallel = _take(body, "tensor_parallel", dict, where)
     ranks = tuple(_take(parallel, "ranks", list, f"{where}: tensor_parallel"))
     if (
@@ -282,11 +282,18 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
         raise CheckpointError(f"{where}: special_tokens: expected ids, found {special!r:.200}")
     config = from_dict(ModelConfig, _take(body, "config", dict, where), f"{where}: config")
     require_plausible(config, f"{where}: config")
+    dtype = _take(body, "dtype", str, where)
+    weights = body.get("weights", dtype)  # a checkpoint that does not say has one dtype
+    if weights not in (dtype, INT8):
+        raise CheckpointError(
+            f"{where}: weights: expected {dtype} or {INT8}, found {weights!r:.80}; upgrade covo-npu, or convert again"
+        )
     return Manifest(
         folder=folder,
-        layout_version=LAYOUT_VERSION,
+        layout_version=body["layout_version"],
         producer=_take(body, "producer", str, where),
-        dtype=_take(body, "dtype", str, where),
+        dtype=dtype,
+        int8=weights == INT8,
         ranks=ranks,
         config=config,
         special_tokens=special,
@@ -340,18 +347,19 @@ def _tensor_record(entry: object, where: str) -> TensorRecord:
 # --- the files
 
 
-def _check_file(folder: Path, file: FileRecord) -> list[str]:
+def _check_file(file: FileRecord) -> list[str]:
     """Return what is wrong with one file, [] if nothing is. Reads headers and small files, never tensor data."""
-    if not file.path.exists():
-        return [f"{file.name}: missing"]
-    if not file.path.resolve().is_relative_to(folder.resolve()):
-        return [f"{file.name}: is a link that leaves the folder ({file.path.resolve()})"]
+    if not file.path.exists():  # links are followed, wherever they lead: caches and volumes are made of them
+        leads = f": the link leads to {file.path.readlink()}, where nothing is" if file.path.is_symlink() else ""
+        return [f"{file.name}: missing{leads}"]
     if not file.path.is_file():  # before the open: opening a pipe would wait for ever
         return [f"{file.name}: not a regular file"]
     with file.path.open("rb") as opened:
         found = os.fstat(opened.fileno()).st_size
         if found != file.bytes:
-            return [f"{file.name}: expected {file.bytes} bytes, found {found}; copy it again"]
+            pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+            advice = "a pointer of git-lfs: git lfs pull fetches the file" if pointer else "copy it again"
+            return [f"{file.name}: expected {file.bytes} bytes, found {found}; {advice}"]
         if file.data_start is not None:
             return _check_header(file, opened.read(file.data_start))
         return [
@@ -452,8 +460,3 @@ def _pretty(value: object, indent: str) -> str:
     inner = indent + " "
     rows = (f"{inner}{json.dumps(key, ensure_ascii=False)}: {_pretty(item, inner)}" for key, item in value.items())
     return "{\n" + ",\n".join(rows) + "\n" + indent + "}"
-
-
-def _together(title: str, problems: list[str], shown: int = 10) -> str:
-    more = f"\n  ... and {len(problems) - shown} more" if len(problems) > shown else ""
-    return title + ":" + "".join(f"\n  {problem}" for problem in problems[:shown]) + more

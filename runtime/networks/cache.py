@@ -1,15 +1,18 @@
 """KV cache: keys and values of all layers for a fixed number of slots, allocated once, with their rotary tables."""
 
+from __future__ import annotations
+
 import mmap
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from covo_npu.runtime.config import LLMConfig
-from covo_npu.runtime.rotary import rotary_table
+from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.networks.rotary import rotary_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,6 @@ class KVCache:
         """Sequences that the cache holds side by side."""
         return self.keys[0].shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
-
     def read(self, slot: int, length: int) -> tuple[Tensor, ...]:
         """Return copies of a slot's first rows, [G, length, D] each: the keys of all layers, then the values."""
         return tuple(t[slot, :, :length].clone() for t in (*self.keys, *self.values))
@@ -52,6 +50,32 @@ class KVCache:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` rows of slot `source` into slot `target`."""
         self.write(target, (t[source, :, :length] for t in (*self.keys, *self.values)))
+
+
+class SharedPrefixes:
+    """Keys and values of what dialogues begin with, the system prompt: computed once, copied for all but the first.
+
+    The `kept` latest are held, on the device, beside those that were there from the start: were these computed anew,
+    later dialogues would differ from earlier ones. Safe to be used from several threads.
+    """
+
+    def __init__(self, lasting: Mapping[tuple[int, ...], tuple[Tensor, ...]] | None = None, kept: int = 4) -> None:
+        """lasting: ids and rows of the prefixes that were computed before."""
+        self._lasting, self._kept, self._lock = dict(lasting or {}), kept, threading.Lock()
+        self._rows: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+
+    def get(self, input_ids: Sequence[int]) -> tuple[Tensor, ...] | None:
+        """Return the rows of a prefix, as KVCache.read() gives them, or None if they are not known."""
+        with self._lock:
+            ids = tuple(input_ids)
+            return self._lasting.get(ids) or self._rows.get(ids)
+
+    def put(self, input_ids: Sequence[int], rows: tuple[Tensor, ...]) -> None:
+        """Remember the rows of a prefix; the oldest goes if there are too many."""
+        with self._lock:
+            while len(self._rows) >= self._kept:
+                del self._rows[next(iter(self._rows))]
+            self._rows[tuple(input_ids)] = rows
 
 
 def allocate(config: LLMConfig, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> KVCache:

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from covo_npu.kernels.interface import Kernels
-from covo_npu.runtime.config import AdapterConfig
-from covo_npu.runtime.layers import Conv1d, Linear, Stack
+from covo_npu.runtime.checkpoint.config import AdapterConfig
+from covo_npu.runtime.networks.layers import Conv1d, Linear, Stack
 
 
 class AdapterLayer(nn.Module):

@@ -16,12 +16,20 @@ def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
-class Weight(nn.Module):
-    """One tensor named `weight`: a table, or the weight of a norm that is fused with what stands around it."""
+class Derived(nn.Module):
+    """A module that keeps what is computed from its weights: once, after all of them are there."""
 
-    def __init__(self, *shape: int) -> None:
+    def derive(self) -> None:
+        """Compute it. `fill` calls this, nobody else."""
+        raise NotImplementedError
+
+
+class Weight(nn.Module):
+    """One tensor named `weight`: a table."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = parameter(*shape)
+        self.weight = parameter(*shape, dtype=dtype)
 
 
 class Stack(nn.ModuleList, Generic[M]):
@@ -33,18 +41,66 @@ class Stack(nn.ModuleList, Generic[M]):
     def __iter__(self) -> Iterator[M]:
         return cast(Iterator[M], super().__iter__())
 
+    def __getitem__(self, index: int) -> M:  # type: ignore[override]  # no slices
+        return cast(M, super().__getitem__(index))
+
 
 class Linear(nn.Module):
     """x @ weight.T + bias. weight: [C_out, C_in]; bias: [C_out] or None."""
 
-    def __init__(self, kernels: Kernels, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.weight = parameter(out_features, in_features)
-        self.bias = parameter(out_features) if bias else None
+        self.weight = parameter(out_features, in_features, dtype=dtype)
+        self.bias = parameter(out_features, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """(x @ weight.T) * scale + bias. weight: [C_out, C_in] int8; scale, bias: [C_out] as the kernels want them."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: of x."""
+        super().__init__()
+        self.kernels = kernels
+        scale_dtype, bias_dtype = kernels.int8_dtypes[dtype or torch.float32]
+        self.weight = parameter(out_features, in_features, dtype=torch.int8)
+        self.scale = parameter(out_features, dtype=scale_dtype)
+        self.bias = parameter(out_features, dtype=bias_dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.linear_int8(x, self.weight, self.scale, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with weight [C], and the sum of a residual stream before it."""
+
+    def __init__(self, kernels: Kernels, size: int, eps: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.kernels, self.eps = kernels, eps
+        self.weight = parameter(size, dtype=dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (normed, summed), both [T, C]: the norm of x + residual, and that sum, which is the next residual."""
+        if residual is None:
+            return self.kernels.rms_norm(x, self.weight, self.eps), x
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -60,8 +116,11 @@ class LayerNorm(nn.Module):
         return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class Conv1d(nn.Module):
-    """The parameters and strides of a 1-D convolution. weight: [C_out, C_in // groups, kernel]."""
+class Conv1d(Derived):
+    """The parameters and strides of a 1-D convolution. weight: [C_out, C_in // groups, kernel].
+
+    After loading weight and bias are as the backend wants them, which may be another dtype: see Kernels.conv_weight.
+    """
 
     def __init__(
         self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int,
@@ -72,6 +131,9 @@ class Conv1d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.weight = parameter(out_channels, in_channels // groups, kernel_size)
         self.bias = parameter(out_channels)
+
+    def derive(self) -> None:
+        self.weight.data, self.bias.data = (self.kernels.conv_weight(x.data) for x in (self.weight, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
-from covo_npu.runtime.config import EncoderConfig
-from covo_npu.runtime.layers import Conv1d, LayerNorm, Linear, Stack, Weight
+from covo_npu.runtime.checkpoint.config import EncoderConfig
+from covo_npu.runtime.networks.layers import Conv1d, LayerNorm, Linear, Stack, Weight
 
 
 class EncoderLayer(nn.Module):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from covo_npu.runtime.config import ConfigError, ModelConfig, Token2WavConfig, to_dict
+from covo_npu.kernels.errors import listed
+from covo_npu.runtime.checkpoint.config import ConfigError, ModelConfig, Token2WavConfig, to_dict
 
 MAX_SIZE = 2**17  # of one dimension; the widest of Covo-Audio-Chat has 21 504
 MAX_ENTRIES = 16  # of a list: the vocoder's stages, blocks and dilations
@@ -30,8 +31,7 @@ def require_plausible(config: ModelConfig, where: str) -> None:
     wrong = [problem for path, value in _leaves(to_dict(config), "") for problem in _out_of_range(path, value)]
     wrong = wrong or [message for holds, message in _relations(config) if not holds]
     if wrong:
-        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ConfigError(f"{where}: no network has these sizes: {'; '.join(wrong[:10])}{more}")
+        raise ConfigError(f"{where}: no network has these sizes: {listed(wrong)}")
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,25 @@ class LLMConfig:
     rope_theta: float
     max_position_embeddings: int
 
+    def of_rank(self, size: int) -> LLMConfig:
+        """Return the sizes of one of `size` tensor-parallel ranks: its heads, its part of F; all else is whole.
+
+        Raises ConfigError if the heads or F cannot be shared evenly.
+        """
+        shared = {"num_heads": "heads", "num_kv_heads": "kv heads", "intermediate_size": "feed-forward columns"}
+        counts = {name: getattr(self, name) for name in shared}
+        if uneven := [f"{counts[name]} {word}" for name, word in shared.items() if counts[name] % size]:
+            fits = [n for n in range(1, self.num_kv_heads + 1) if not any(count % n for count in counts.values())]
+            raise ConfigError(
+                f"{size} tensor-parallel ranks cannot share {', '.join(uneven)} evenly; this model can be split into "
+                f"{', '.join(map(str, fits))}"
+            )
+        return dataclasses.replace(self, **{name: count // size for name, count in counts.items()})
+
+    def head_rows(self, size: int) -> int:
+        """Return the rows of the head that one of `size` ranks has: all alike, zeros at the end of the last one's."""
+        return -(-self.vocab_size // size)
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:

@@ -1,0 +1,1 @@
+"""The command line covo-run, and what all command lines of the project share."""

@@ -1,0 +1,171 @@
+"""Diffusion transformer of the flow matching: the velocity of the latents, given codes, prompt, speaker and time.
+
+Sources: arXiv 2212.09748 (DiT, adaptive LayerNorm), arXiv 2210.02747 (flow matching). All that does not depend on the
+latents is computed once, before the ODE: see Conditions and TimeModulation.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from covo_npu.kernels.interface import Kernels
+from covo_npu.runtime.checkpoint.config import DiTConfig
+from covo_npu.runtime.networks.layers import Conv1d, ConvTranspose1d, Linear, Stack, Weight
+from covo_npu.runtime.networks.rotary import rotary_table
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What stays the same over all evaluations of one reply.
+
+    inputs: [2, L, C] float32, the input projection of known latents and codes, row 0 without the codes (guidance), row
+    1 with them; cos, sin: [1, L, 1, D] in the dtype of the matrix products.
+    """
+
+    inputs: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """What the condition does to one residual branch, [C] float32 each: x + gate * branch(norm(x) * scale + shift)."""
+
+    shift: Tensor
+    scale: Tensor  # 1 is added already
+    gate: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockModulation:
+    """The adaptive parts of a block at one time."""
+
+    attention: Modulation
+    feed_forward: Modulation
+
+
+@dataclass(frozen=True, slots=True)
+class TimeModulation:
+    """The adaptive parts of all blocks, and of the norm before the output, at one time."""
+
+    blocks: tuple[BlockModulation, ...]
+    shift: Tensor
+    scale: Tensor
+
+
+class DiTBlock(nn.Module):
+    """Attention and feed-forward with adaptive LayerNorm and gated residuals."""
+
+    def __init__(self, config: DiTConfig, kernels: Kernels, dtype: torch.dtype) -> None:
+        """dtype: of the matrix products, most of an evaluation's work."""
+        super().__init__()
+        size = config.hidden_size
+        self.kernels, self.num_heads, self.head_dim = kernels, config.num_heads, size // config.num_heads
+        self.modulation = Linear(kernels, size, 6 * size)
+        self.qkv_proj = Linear(kernels, size, 3 * size, bias=False, dtype=dtype)
+        self.o_proj = Linear(kernels, size, size, dtype=dtype)
+        self.fc1 = Linear(kernels, size, config.intermediate_size, dtype=dtype)
+        self.fc2 = Linear(kernels, config.intermediate_size, size, dtype=dtype)
+
+    def modulations(self, c: Tensor) -> list[BlockModulation]:
+        """Return the adaptive parts for each condition. c: [times, C], after its SiLU."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(c).chunk(6, dim=-1)
+        attention = map(Modulation, shift_a, 1 + scale_a, gate_a)
+        feed_forward = map(Modulation, shift_f, 1 + scale_f, gate_f)
+        return list(map(BlockModulation, attention, feed_forward))
+
+    def forward(self, x: Tensor, conditions: Conditions, modulation: BlockModulation) -> Tensor:
+        """Return the next hidden states, [B, L, C] float32 like x. The products run in the dtype of their weights."""
+        attention, feed_forward = modulation.attention, modulation.feed_forward
+        attended = self._attention(self._normed(x, attention), conditions)
+        x = torch.addcmul(x, attended.to(x.dtype), attention.gate)
+        hidden = self.kernels.linear_gelu_tanh(self._normed(x, feed_forward), self.fc1.weight, self.fc1.bias)
+        return torch.addcmul(x, self.fc2(hidden).to(x.dtype), feed_forward.gate)
+
+    def _normed(self, x: Tensor, by: Modulation) -> Tensor:
+        return self.kernels.layer_norm(x, by.scale, by.shift, NORM_EPS).to(self.qkv_proj.weight.dtype)
+
+    def _attention(self, x: Tensor, conditions: Conditions) -> Tensor:
+        batch, length, size = x.shape
+        heads = (batch, length, self.num_heads, self.head_dim)
+        # [3 B, L, H, D], the q, then the k, then the v: one copy here, where attention may want three
+        qkv = self.qkv_proj(x).view(batch, length, 3, *heads[2:])
+        qkv = qkv.permute(2, 0, 1, 3, 4).reshape(3 * batch, *heads[1:])
+        q, k = self.kernels.rotary(qkv[: 2 * batch], conditions.cos, conditions.sin).view(2, *heads)
+        attended = self.kernels.attention(q, k, qkv[2 * batch :], self.head_dim**-0.5)
+        return self.o_proj(attended.reshape(batch, length, size))
+
+
+class DiT(nn.Module):
+    """Codes and prompt in, velocity of the latents out."""
+
+    def __init__(self, config: DiTConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the matrix products in the blocks; all else is float32."""
+        super().__init__()
+        size = config.hidden_size
+        self.config, self.kernels, self.dtype = config, kernels, dtype
+        self.token_embedding = Weight(config.num_codes, config.code_dim)
+        self.token_proj = Linear(kernels, config.code_dim, size)
+        factor = config.upsample_factor
+        self.token_upsample = ConvTranspose1d(kernels, size, size, 2 * factor, stride=factor, padding=factor // 2)
+        # numbered as in a sequence whose second member is the SiLU
+        self.time_mlp = nn.ModuleDict({"0": Linear(kernels, config.time_dim, size), "2": Linear(kernels, size, size)})
+        self.cond_proj = Linear(kernels, size + config.speaker_dim, size)
+        self.input_proj = Linear(kernels, size + 2 * config.latent_dim, size)
+        kernel_size = config.conv_kernel_size
+        self.conv_embed = Conv1d(kernels, size, size, kernel_size, padding=kernel_size // 2, groups=config.conv_groups)
+        self.blocks = Stack(DiTBlock(config, kernels, dtype) for _ in range(config.num_layers))
+        self.output_modulation = Linear(kernels, size, 2 * size)
+        self.output_proj = Linear(kernels, size, config.latent_dim)
+
+    def conditions(self, codes: Tensor, known_latents: Tensor) -> Conditions:
+        """Return the conditions of one reply.
+
+        codes: [n] int64, prompt and reply; known_latents: [K, Z], those of the first frames, K <= L.
+        """
+        config, length = self.config, codes.shape[0] * self.config.upsample_factor
+        tokens = self.token_proj(F.embedding(codes, self.token_embedding.weight))
+        tokens = self.token_upsample(tokens.T[None])[0].T  # [L, C]
+        known = F.pad(known_latents, (0, 0, 0, length - known_latents.shape[0]))  # [L, Z]
+        of_tokens, of_known, _ = self._input_weights()
+        without = self.kernels.linear(known, of_known, self.input_proj.bias)
+        inputs = torch.stack((without, without + self.kernels.linear(tokens, of_tokens)))
+        head_dim = config.hidden_size // config.num_heads
+        cos, sin = rotary_table(length, head_dim, config.rope_theta, self.dtype, inputs.device)
+        return Conditions(inputs, cos[None, :, None], sin[None, :, None])
+
+    def modulations(self, times: Sequence[float], speaker: Tensor) -> list[TimeModulation]:
+        """Return the adaptive parts at each time. speaker: [C_speaker]."""
+        embedded = torch.stack([time_embedding(time, self.config.time_dim) for time in times]).to(speaker.device)
+        embedded = self.time_mlp["2"](F.silu(self.time_mlp["0"](embedded)))
+        c = F.silu(self.cond_proj(torch.cat((embedded, speaker.expand(len(times), -1)), dim=-1)))  # [times, C]
+        shifts, scales = self.output_modulation(c).chunk(2, dim=-1)
+        blocks = zip(*(block.modulations(c) for block in self.blocks), strict=True)
+        return list(map(TimeModulation, blocks, shifts, 1 + scales))
+
+    def forward(self, latents: Tensor, conditions: Conditions, modulation: TimeModulation) -> Tensor:
+        """Return the velocities [2, L, Z], without and with the codes. latents: [L, Z]."""
+        x = conditions.inputs + self.kernels.linear(latents, self._input_weights()[2])
+        x = x + self.kernels.gelu(self.conv_embed(x.transpose(1, 2))).transpose(1, 2)
+        for block, of_block in zip(self.blocks, modulation.blocks, strict=True):
+            x = block(x, conditions, of_block)
+        return self.output_proj(self.kernels.layer_norm(x, modulation.scale, modulation.shift, NORM_EPS))
+
+    def _input_weights(self) -> tuple[Tensor, ...]:
+        """Return the columns of the input projection for codes, known latents and noisy latents."""
+        latent_dim = self.config.latent_dim
+        return self.input_proj.weight.split((self.config.hidden_size, latent_dim, latent_dim), dim=1)
+
+
+def time_embedding(time: float, size: int) -> Tensor:
+    """Return the sinusoid of a time in [0, 1]: [size] float32, the cosines first. Source: arXiv 2112.10741."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = time * frequencies
+    return torch.cat((angles.cos(), angles.sin()))
