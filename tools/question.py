@@ -1,14 +1,14 @@
-"""The question that checks ask when they are given none: a voice-like tone, made up, the same on every machine."""
+"""The question that is asked where none is given: a voice-like tone, made up, the same on every machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from covo_npu.runtime import audio
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RATE = 16_000  # Hz
 SECONDS = 8
@@ -20,10 +20,22 @@ NOISE = 10 ** (-40 / 20)  # a quiet room, 35 dB under full scale
 
 def read_question(wav: Path | None) -> tuple[Tensor, int, str]:
     """Return (samples [N] float32, rate in Hz, what it is) of a file, or of the question that is made up."""
+    import torch
+
+    from covo_npu.runtime.audio import read_audio
+
     if wav is None:
         return torch.from_numpy(made_up()), RATE, f"a made-up question of {SECONDS} s"
-    samples, rate = audio.read_audio(wav, MAX_SECONDS)
+    samples, rate = read_audio(wav, MAX_SECONDS)
     return samples, rate, f"{wav.name}, {samples.shape[0] / rate:.1f} s"
+
+
+def write_made_up(path: Path) -> Path:
+    """Return the path, after writing the made-up question there as a WAV file."""
+    from covo_npu.runtime.wav import write_wav
+
+    write_wav(path, made_up(), RATE)
+    return path
 
 
 def made_up(seconds: float = SECONDS) -> np.ndarray:

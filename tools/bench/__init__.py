@@ -1,0 +1,1 @@
+"""covo-bench: measurements against the stock path and against what the machine can do."""

@@ -1,0 +1,1 @@
+"""covo-check: proofs on this machine that the numbers are right."""

@@ -1,0 +1,1 @@
+"""covo-synth: a checkpoint with random weights in the published layout."""
