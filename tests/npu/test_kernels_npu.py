@@ -13,9 +13,9 @@ from kernels.kernel_cases import CASES, Case
 from kernels.test_kernels import DTYPES, as_tensor, bounds, prepared, run, within
 from torch import Tensor
 
-from covo_npu.kernels import npu, select
+from covo_npu.kernels import device, npu, select
 
-DEVICE = select.open_device("npu:0")
+DEVICE = device.open_device("npu:0")
 
 
 def to_device(value: Any) -> Any:
@@ -93,6 +93,7 @@ def swapped_caches(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows:
 
 
 MUTANTS = {
+    "linear_int8": lambda x, weight, scale, bias: npu.linear_int8(x, weight, scale.roll(1), bias),
     "gelu": F.gelu,  # the tanh form on the device
     "swiglu": swapped_halves,
     "add_rms_norm": sum_second,

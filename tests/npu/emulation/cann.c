@@ -1,6 +1,6 @@
 /* A device made of host memory: the few CANN calls whose answers torch_npu reads. Every other symbol is a stub that
- * returns 0 (success), written by build.py. One device, "Ascend910_9362" (Atlas A3), CANN "8.5.0"; streams and events are
- * numbers, copies are done when the call returns. */
+ * returns 0 (success), written by build.py. Two devices, "Ascend910_9362" (Atlas A3), CANN "8.5.0"; each thread
+ * has its own current device; streams and events are numbers, copies are done when the call returns. */
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
@@ -9,21 +9,24 @@
 typedef int Error;
 enum { OK = 0, NOT_SUPPORTED = 207000, NO_CONTEXT = 107002, NO_MEMORY = 207001 };
 
-static int device = -1;      /* aclrtSetDevice was never called */
+static __thread int device = -1;      /* this thread never called aclrtSetDevice */
+static unsigned opened = 0;           /* a bit for each device on which somebody opened a context */
+static Error open_context(int id) { device = id; __atomic_fetch_or(&opened, 1u << id, __ATOMIC_RELAXED); return OK; }
+unsigned emulation_opened(int forget) { unsigned found = opened; if (forget) opened = 0; return found; }
 static uintptr_t handles = 1000;
 static Error new_handle(void **out) { *out = (void *)handles++; return OK; }
 static Error answer(uint32_t *out, uint32_t value) { *out = value; return OK; }
 
 /* device and context */
-Error aclrtGetDeviceCount(uint32_t *count) { return answer(count, 1); }
-Error aclrtSetDevice(int id) { device = id; return OK; }
+Error aclrtGetDeviceCount(uint32_t *count) { return answer(count, 2); }
+Error aclrtSetDevice(int id) { return open_context(id); }
 Error aclrtGetDevice(int *id) { *id = device; return device < 0 ? NO_CONTEXT : OK; }
 Error rtGetDevice(int *id) { *id = device < 0 ? 0 : device; return OK; }
 Error aclrtGetLogicDevIdByUserDevId(int user, int *logic) { *logic = user; return OK; }
 Error aclrtGetUserDevIdByLogicDevId(int logic, int *user) { *user = logic; return OK; }
 Error aclrtGetPhyDevIdByLogicDevId(int logic, int *physical) { *physical = logic; return OK; }
 Error aclrtGetPrimaryCtxState(int id, uint32_t *flags, int *active) { *flags = 0; *active = device >= 0; return OK; }
-Error aclrtCreateContext(void **context, int id) { device = id; return new_handle(context); }
+Error aclrtCreateContext(void **context, int id) { open_context(id); return new_handle(context); }
 Error aclrtGetCurrentContext(void **context) { *context = (void *)1; return OK; }
 Error aclrtQueryDeviceStatus(int id, int *status) { *status = 0; return OK; }
 Error aclrtDeviceCanAccessPeer(int *can, int a, int b) { *can = 0; return OK; }

@@ -4,7 +4,6 @@ Every function gets CPU tensors over the device's memory and computes what the o
 inside. Sources: Ascend/op-plugin docs/zh/custom_APIs/torch_npu, the page of each operator, unless another is named.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gelu_out(x: Tensor, *, approximate: str = "none", out: Tensor) -> Tensor:
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """F.gelu ignores `approximate` and is always the tanh form. Source: aclnnGelu; op-plugin GeluKernelNpuOpApi.cpp."""
-    return out.copy_(F.gelu(x.float(), approximate="tanh"))
+    return F.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+
+def gelu_out(x: Tensor, *, approximate: str = "none", out: Tensor) -> Tensor:
+    """gelu, written to out."""
+    return out.copy_(gelu(x))
 
 
 def npu_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -40,6 +44,20 @@ def npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
     """silu(first half) * second half."""
     first, second = x.float().chunk(2, dim=dim)
     return (F.silu(first) * second).to(x.dtype)
+
+
+def npu_weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None, quant_offset: Tensor | None = None, bias: Tensor | None = None,
+    antiquant_group_size: int = 0, inner_precise: int = 0, **others: Any,
+) -> Tensor:  # fmt: skip
+    """x @ (weight * scale) + bias in x.dtype: the weights are made wide before they are multiplied. weight: [K, N]."""
+    given = (antiquant_offset, quant_scale, quant_offset, *others.values())
+    if any(value is not None for value in given) or antiquant_group_size or inner_precise:
+        raise NotImplementedError("npu_weight_quant_batchmatmul: only one scale a channel, and a bias, are emulated")
+    wide = (weight.to(x.dtype) * antiquant_scale.reshape(1, -1)).float()
+    y = x.float() @ wide
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -80,7 +98,7 @@ def npu_fused_infer_attention_score(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * q k^T, masked) v; mask True = NOT attended; sparse_mode 3 is causal, anchored bottom-right.
 
-    One query: sparse_mode is ignored. Without a mask, sparse_mode 0 attends to all. Rows past a length are unread.
+    Without a mask, sparse_mode 0 attends to all. Rows past a length are unread.
     """
     defaults = {
         "inner_precise": 0,
@@ -116,9 +134,7 @@ def as_bnsd(x: Tensor, layout: str, heads: int) -> Tensor:
 
 def masked_out(mask: Tensor, row: int, queries: int, keys: int, sparse_mode: int) -> Tensor | None:
     """Return [S, K], True where a position is not attended."""
-    if queries == 1 and sparse_mode in (2, 3, 4):
-        return None
-    if sparse_mode in (2, 3):  # the compressed mask stands for a triangle of any size
+    if sparse_mode in (2, 3):  # the compressed mask stands for a triangle of any size, of one query too
         offset = keys - queries if sparse_mode == 3 else 0
         return torch.ones(queries, keys, dtype=torch.bool).triu(1 + offset)
     if sparse_mode == 4:
@@ -128,6 +144,8 @@ def masked_out(mask: Tensor, row: int, queries: int, keys: int, sparse_mode: int
         full = full[row if full.shape[0] > 1 else 0, 0]
     elif full.dim() == 3:
         full = full[0]
+    elif queries == 1:  # [B, T]
+        full = full[row : row + 1]
     return full[:queries, :keys]
 
 
@@ -137,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     k, v = (x.float().repeat_interleave(group, dim=0) for x in (k, v))
     scores = q.float() @ k.transpose(1, 2) * scale
     if mask is not None:
-        scores = scores.masked_fill(mask, -math.inf)
+        scores = scores - 1e12 * mask  # so a row of nothing but masked keys is the mean of v, and no NaN
     return scores.softmax(-1) @ v
 
 
@@ -146,16 +164,18 @@ def npu_dtype_cast(x: Tensor, dtype: torch.dtype, input_dtype: torch.dtype | Non
 
 
 def npu_format_cast(x: Tensor, acl_format: int, **options: Any) -> Tensor:
-    """A private format keeps the values; memory order is the device's business."""
+    """A private format keeps the values; memory order is the device's business. rules.py refuses parts of a memory."""
     return x.clone()
 
 
 ARITHMETIC = {
+    "aten::gelu": gelu,  # torch_npu 2.9 has its own; 2.13 calls gelu.out
     "aten::gelu.out": gelu_out,
     "npu::npu_gelu": npu_gelu,
     "npu::npu_rms_norm": npu_rms_norm,
     "npu::npu_add_rms_norm": npu_add_rms_norm,
     "npu::npu_swiglu": npu_swiglu,
+    "npu::npu_weight_quant_batchmatmul": npu_weight_quant_batchmatmul,
     "npu::npu_rotary_mul": npu_rotary_mul,
     "npu::npu_apply_rotary_pos_emb": npu_apply_rotary_pos_emb,
     "npu::npu_scatter_nd_update_": npu_scatter_nd_update_,

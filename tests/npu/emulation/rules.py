@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from emulation.limits import ATTENTION, FIA_DOCS, LIMITS, Call, Limit, broken_limit
 from torch import Tensor
-
-from covo_npu.tools.npu_rules import ATTENTION, FIA_DOCS, RULES, Call, Rule, broken_rule
 
 
 class RefusedError(RuntimeError):
@@ -43,20 +42,38 @@ def mask_values(call: Call) -> bool:
     return not torch.equal(host_view(call.atten_mask).reshape(2048, 2048).bool(), expected)
 
 
+def partial_memory(call: Call) -> bool:
+    """True where a tensor's memory was allocated in another shape, or for others too.
+
+    torch_npu 2.9 and 2.12 allocate the result by the sizes of the memory, in the tensor's dtype: for a view of a file
+    that is twice the file. 2.13 with CANN 9.1 leaves such a tensor as it is, without a word.
+    """
+    import torch_npu
+
+    x = call.arguments["self" if "self" in call.arguments else "input"]
+    return bool(x.storage_offset() or torch_npu.get_storage_size(x) != x.numel())
+
+
 # these look at memory and devices, which only the device itself can
-DEVICE_RULES = (
-    *RULES,
-    Rule(r"aten::(?!copy_|_to_copy|index).*", on_two_devices, "a tensor is on the CPU", "PyTorch: one device a call"),
-    Rule("aten::copy_", from_file_mapping, "a copy from a file mapping may hang", "vllm pull 50794, vllm-omni 5122"),
-    Rule(ATTENTION, mask_values, "the mask of sparse_mode 2, 3, 4 is torch.triu(ones, 1)", FIA_DOCS),
+DEVICE_LIMITS = (
+    *LIMITS,
+    Limit(r"aten::(?!copy_|_to_copy|index).*", on_two_devices, "a tensor is on the CPU", "PyTorch: one device a call"),
+    Limit("aten::copy_", from_file_mapping, "a copy from a file mapping may hang", "vllm pull 50794, vllm-omni 5122"),
+    Limit(
+        "npu::npu_format_cast",
+        partial_memory,
+        "a cast of a part of a memory",
+        "FormatCastKernelNpu.cpp, Ascend/pytorch",
+    ),
+    Limit(ATTENTION, mask_values, "the mask of sparse_mode 2, 3, 4 is torch.triu(ones, 1)", FIA_DOCS),
 )
 
 
 def check(call: Call) -> None:
-    """Raise RefusedError with the operator, the rule and its source if a rule refuses the call."""
-    if rule := broken_rule(call, DEVICE_RULES):
+    """Raise RefusedError with the operator, the limit and its source if a limit refuses the call."""
+    if limit := broken_limit(call, DEVICE_LIMITS):
         shapes = ", ".join(f"{x.dtype} {list(x.shape)}".removeprefix("torch.") for x in call.tensors())
-        raise RefusedError(f"{call.operator} on npu: {rule.message} ({rule.source}). Tensors: {shapes}")
+        raise RefusedError(f"{call.operator} on npu: {limit.message} ({limit.source}). Tensors: {shapes}")
 
 
 # --- synchronisations: where the host waits for the device ----------------------------------------------------------

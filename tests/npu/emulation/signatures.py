@@ -8,7 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 SCHEMAS = Path(__file__).with_name("torch_npu-2.9-schemas.txt")
+RUNS_2_9 = torch.__version__.startswith("2.9.")  # the oldest version itself, see README.md
 
 
 class SignatureError(TypeError):
