@@ -20,9 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+import xxhash
+
 from covo_npu.convert import folder, plan, report, source, write  # noqa: F401  imported once, before the forks
 from covo_npu.convert.cli import main
-from covo_npu.runtime.checkpoint import MANIFEST, block_digests, read_manifest
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES, MANIFEST, read_manifest
 
 
 def convert(arguments: argparse.Namespace, kill_before: int = 0, kill_after_s: float = 0.0) -> tuple[bool, int, float]:
@@ -68,7 +70,9 @@ def state(dst: Path, old: str) -> str:
         return "none"
     manifest = read_manifest(dst)
     for name, record in manifest.files.items():
-        if list(record.blocks) != block_digests(dst / name):
+        data = (dst / name).read_bytes()
+        blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+        if list(record.blocks) != [xxhash.xxh3_128_hexdigest(block) for block in blocks]:
             return f"damaged: {name}"
     return "old" if (dst / MANIFEST).read_text() == old else "new"
 

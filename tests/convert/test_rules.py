@@ -8,36 +8,39 @@ from pathlib import Path
 import pytest
 
 from covo_npu.convert.plan import recipes
-from covo_npu.convert.source import INDEX, open_source, read_shards
-from covo_npu.runtime.config import ModelConfig
-from covo_npu.runtime.model import expected_tensors
-from covo_npu.tools.synth_config import PRESETS
+from covo_npu.convert.shards import INDEX, read_shards
+from covo_npu.convert.source import open_source
+from covo_npu.runtime.checkpoint.config import ModelConfig
+from covo_npu.runtime.networks.files import expected_tensors
+from covo_npu.tools.synth.config import PRESETS
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_rules_make_each_tensor_of_the_networks_once_in_its_file(config: ModelConfig):
-    made = [(recipe.file, recipe.target) for recipe in recipes(config)]
-    wanted = [(file, name) for file, tensors in expected_tensors(config).items() for name in tensors]
+def test_rules_make_each_tensor_of_the_networks_once_in_its_file(config: ModelConfig, int8: bool):
+    made = [(recipe.file, recipe.target) for recipe in recipes(config, int8=int8)]
+    wanted = [(file, name) for file, tensors in expected_tensors(config, int8).items() for name in tensors]
     assert max(Counter(made).values()) == 1
     assert set(made) == set(wanted)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_shapes_of_the_sources_add_up_to_those_of_the_networks(config: ModelConfig):
-    shapes = {name: shape for tensors in expected_tensors(config).values() for name, shape in tensors.items()}
+def test_shapes_of_the_sources_add_up_to_those_of_the_networks(config: ModelConfig, int8: bool):
+    shapes = {name: shape for tensors in expected_tensors(config, int8).values() for name, shape in tensors.items()}
     by_operation = {
         "rows": lambda needs: (sum(n.shape[0] for n in needs), *needs[0].shape[1:]),
-        "flat": lambda needs: needs[0].shape[1:],
         "fold": lambda needs: needs[1].shape,
         "exp": lambda needs: needs[0].shape,
         "inverse_beta": lambda needs: needs[0].shape,
         "mean": lambda needs: (needs[0].shape[0] // 2,),
         "std": lambda needs: (needs[0].shape[0] // 2,),
         "equal": lambda needs: needs[0].shape[-1:],
-        "mel_filters": lambda needs: (config.encoder.num_mels, 201),
+        "int8": lambda needs: (sum(n.shape[0] for n in needs), *needs[0].shape[1:]),
+        "scales": lambda needs: (sum(n.shape[0] for n in needs),),
     }
-    for recipe in recipes(config):
-        assert by_operation[recipe.operation](recipe.needs) == shapes[recipe.target], recipe.target
+    for recipe in recipes(config, int8=int8):
+        assert by_operation[recipe.operation.name](recipe.needs) == shapes[recipe.target], recipe.target
 
 
 def test_the_full_size_has_the_published_number_of_tensors_and_bytes():
@@ -77,4 +80,4 @@ def test_a_files_tensors_lie_in_the_order_of_use():
 def test_a_text_only_checkpoint_needs_nothing_of_token2wav(tiny_source: Path):
     config = replace(PRESETS["tiny"], token2wav=None)
     names = {need.name for recipe in recipes(config) for need in recipe.needs if need.name}
-    assert names == set(read_shards(tiny_source)), f"the {INDEX} lists nothing else"
+    assert names == set(read_shards(tiny_source).tensors), f"the {INDEX} lists nothing else"

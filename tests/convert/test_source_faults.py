@@ -1,54 +1,29 @@
 """Bad sources: each kind of finding is named, all of a kind in one message, nothing is written, no traceback."""
 
-import json
 import os
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-SHARDS = [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
-INDEX, CONFIG, PICKLE = "model.safetensors.index.json", "config.json", "token2wav/model.pt"
-VALUES = "llm.model.layers.1.mlp.down_proj.weight"  # in the last shard
-
-
-def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def edit_shard(path: Path, change: Callable[[dict], object]) -> None:
-    tensors = dict(load_file(path))
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_pickle(path: Path, change: Callable[[dict], object]) -> None:
-    loaded = torch.load(path, weights_only=True)
-    change(loaded["model"])
-    torch.save(loaded, path)
-
-
-def truncate(path: Path, count: int) -> None:
-    os.truncate(path, path.stat().st_size - count)
-
-
-def rewrite_header(path: Path, change: Callable[[dict], object]) -> None:
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
+from source_edits import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    SHARDS,
+    VALUES,
+    VOICE,
+    edit_array,
+    edit_json,
+    edit_pickle,
+    edit_shard,
+    rewrite_header,
+    truncate,
+)
 
 # name: (damage to the source folder, parts that the message must have)
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -74,13 +49,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "rope of another kind": (
         lambda s: edit_json(s / CONFIG, lambda c: c["llm_config"]["rope_parameters"].update(rope_type="yarn")),
-        ["llm_config.rope_parameters.rope_type: expected 'default', found 'yarn'"],
+        ["llm_config.rope_parameters.rope_type: expected 'default', found 'yarn': not implemented"],
     ),
     "token2wav of another kind": (
         lambda s: edit_json(s / "token2wav" / CONFIG, lambda c: c["model"]["wavegan"].update(activation="snake")),
         ["model.wavegan.activation: expected 'snakebeta', found 'snake'"],
     ),
-    "no index": (lambda s: (s / INDEX).unlink(), [f"{INDEX}: no such file"]),
+    "no index": (
+        lambda s: (s / INDEX).unlink(),
+        [f"has neither {INDEX} nor model.safetensors, but {SHARDS[0]}", f"take {INDEX} from where they come from"],
+    ),
     "index without a map": (lambda s: (s / INDEX).write_text("{}"), ["expected a weight_map"]),
     "index leaves the folder": (
         lambda s: edit_json(s / INDEX, lambda i: i["weight_map"].update({VALUES: "../x.safetensors"})),
@@ -105,7 +83,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an empty shard": (lambda s: os.truncate(s / SHARDS[3], 0), [f"{SHARDS[3]}: 0 bytes cannot hold its header"]),
     "a shard that is a web page": (
         lambda s: (s / SHARDS[3]).write_text("<html>" + "x" * 3000),
-        [f"{SHARDS[3]}:", "cannot hold its header"],
+        ["files are what a server said instead (1)", f"{SHARDS[3]}: a web page, '<html>xxx"],
     ),
     "a header that is not JSON": (
         lambda s: (s / SHARDS[3]).write_bytes((9).to_bytes(8, "little") + b"{nonsense"),
@@ -115,9 +93,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(shape=[1, 2])),
         [f"header: {VALUES}: offsets do not fit its shape [1, 2]"],
     ),
-    "an unknown dtype": (
+    "FP8": (
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(dtype="F8_E4M3")),
-        ["unknown dtype or missing field 'F8_E4M3'"],
+        [
+            "tensors have a dtype that cannot be converted (1)",
+            f"{VALUES}: F8_E4M3 in {SHARDS[3]}",
+            "Quantised weights (FP8, INT8, 4 bits) are not supported; use the bfloat16, float16 or float32 checkpoint",
+        ],
     ),
     "in another file than the index says": (
         lambda s: edit_json(s / INDEX, lambda i: i["weight_map"].update({VALUES: SHARDS[0]})),
@@ -136,7 +118,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "not in the index": (
         lambda s: edit_json(s / INDEX, lambda i: i["weight_map"].pop(VALUES)),
-        ["tensors in the shards that the index does not list (1)", f"{VALUES}: in {SHARDS[3]}"],
+        [f"tensors that are needed are not in {INDEX} (1)", f"{VALUES}: in {SHARDS[3]}"],
     ),
     "misshapen": (
         lambda s: [
@@ -153,7 +135,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "not floating point": (
         lambda s: edit_shard(s / SHARDS[3], lambda t: t.update({VALUES: torch.zeros(224, 608, dtype=torch.int8)})),
-        ["a dtype that is not a floating point number (1)", f"{VALUES}: torch.int8"],
+        ["tensors have a dtype that cannot be converted (1)", f"{VALUES}: I8"],
     ),
     "fewer layers than the config says": (
         lambda s: edit_json(s / CONFIG, lambda c: c["llm_config"].update(num_hidden_layers=5)),
@@ -161,9 +143,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "vocabulary too small": (
         lambda s: edit_json(s / CONFIG, lambda c: c["llm_config"].update(vocab_size=600)),
-        ["audio_token_index 545 + 64 audio codes need a vocab_size of 609 or more, found 600"],
+        ["config.json", "545 text ids and 64 audio codes exceed llm.vocab_size 600"],
     ),
-    "no pickle": (lambda s: (s / PICKLE).unlink(), ["model.pt: no such file", "--no-token2wav"]),
+    "no pickle": (
+        lambda s: (s / PICKLE).unlink(),
+        ["files of speech are missing (1)", "token2wav/model.pt", "--no-token2wav"],
+    ),
+    "no speech": (
+        lambda s: shutil.rmtree(s / "token2wav"),
+        ["files of speech are missing (2)", "token2wav/model.pt", "token2wav/global_mean_var.npy", "--no-token2wav"],
+    ),
     "a truncated pickle": (lambda s: truncate(s / PICKLE, 5000), ["model.pt: not a readable torch file"]),
     "a pickle from before torch 1.6": (
         lambda s: torch.save(
@@ -211,15 +200,30 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a voice of floats": (
         lambda s: np.save(s / "token2wav" / "prompt" / "prompt_token.npy", np.ones((1, 11))),
-        ["prompt_token.npy: expected integer values, found float64"],
+        ["prompt_token.npy: expected integers of shape [any], found float64 [11]"],
     ),
     "half a voice": (
         lambda s: [(s / "token2wav" / "prompt" / f"{n}.npy").unlink() for n in ("prompt_token", "speaker_embed")],
-        ["files of the voice are missing (2)", "prompt_token.npy", "speaker_embed.npy"],
+        ["prompt_token.npy: missing; speaker_embed.npy: missing"],
+    ),
+    "a voice with codes outside the table": (
+        lambda s: edit_array(s / VOICE / "prompt_token.npy", lambda a: a.__setitem__((0, slice(3, 5)), [64, -1])),
+        ["prompt_token.npy: 64 at [3] is not in 0..63, the first of 2"],
+    ),
+    "a voice with NaN and an infinity": (
+        lambda s: [
+            edit_array(s / VOICE / "prompt_latent.npy", lambda a: a.__setitem__((0, 7, 2), np.nan)),
+            edit_array(s / VOICE / "speaker_embed.npy", lambda a: a.__setitem__((0, 15), np.inf)),
+        ],
+        ["prompt_latent.npy: nan at [7, 2] is not finite", "speaker_embed.npy: inf at [15] is not finite"],
+    ),
+    "a voice with more latents than its codes explain": (
+        lambda s: edit_array(s / VOICE / "prompt_latent.npy", lambda a: np.resize(a, (1, 48, 8))),
+        ["prompt_latent.npy: 48 frames, and 11 prompt codes explain 47 at most"],
     ),
     "a voice of another model": (
         lambda s: np.save(s / "token2wav" / "prompt" / "speaker_embed.npy", np.ones((1, 192), np.float32)),
-        ["voice.speaker_embed: expected [1, 16], found [1, 192]"],
+        ["speaker_embed.npy: expected floats of shape [16], found float32 [192]"],
     ),
     "no tokenizer": (
         lambda s: [(s / n).unlink() for n in ("tokenizer.json", "merges.txt")],
@@ -298,77 +302,3 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(form: str, source:
     assert not proof.exists(), "the code ran"
     torch.load(source / PICKLE, weights_only=False) if form == "torch" else pickle.loads((source / PICKLE).read_bytes())
     assert proof.exists(), "this pickle does run code where that is allowed"
-
-
-# --- tokenizers
-
-
-def test_a_tokenizer_is_built_from_vocabulary_and_merges(source: Path, convert, tmp_path: Path, tiny_source: Path):
-    from tokenizers import Tokenizer
-
-    (source / "tokenizer.json").unlink()
-    assert convert(source).code == 0
-    built, given = (Tokenizer.from_file(str(p / "tokenizer.json")) for p in (tmp_path / "target", tiny_source))
-    for text in (
-        "<|im_start|>system\n你好, the answer is 42.<|im_end|>",
-        "naïve  spaces\n\n\tand tabs",
-        "<|cAUDIO|>" * 3,
-    ):
-        assert built.encode(text).ids == given.encode(text).ids, text
-    assert built.get_vocab_size() == 545
-
-
-def test_building_a_tokenizer_without_transformers_says_how_to_get_it(source: Path, convert, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert convert(source).code == 0, "not needed where there is a tokenizer.json"
-    (source / "tokenizer.json").unlink()
-    outcome = convert(source, "--force")
-    assert outcome.code == 1 and "pip install 'covo-npu[convert]'" in outcome.err, outcome.err
-
-
-@pytest.mark.parametrize("listed_in", ["tokenizer_config.json", "added_tokens.json"])
-def test_added_tokens_listed_elsewhere_end_up_in_tokenizer_json(
-    listed_in: str, source: Path, convert, tmp_path: Path, tiny_source: Path
-):
-    from tokenizers import Tokenizer
-
-    if listed_in == "added_tokens.json":
-        decoder = json.loads((source / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-        (source / listed_in).write_text(json.dumps({token["content"]: int(i) for i, token in decoder.items()}))
-        (source / "tokenizer_config.json").unlink()
-    edit_json(source / "tokenizer.json", lambda t: t.update(added_tokens=t["added_tokens"][:3]))
-    assert convert(source).code == 0
-    found, given = (Tokenizer.from_file(str(p / "tokenizer.json")) for p in (tmp_path / "target", tiny_source))
-    text = "<|im_start|>user\n<|begofcAUDIO|><|cAUDIO|><|endofcAUDIO|><tool_call>"
-    assert found.encode(text).ids == given.encode(text).ids
-
-
-def test_a_complete_tokenizer_json_is_copied_as_it_is(convert_tiny: Callable[[str], Path], tiny_source: Path):
-    copied = (convert_tiny("bfloat16") / "tokenizer.json").read_bytes()
-    assert copied == (tiny_source / "tokenizer.json").read_bytes()
-
-
-def test_special_tokens_are_found_by_name_whatever_their_ids(source: Path, convert, tmp_path: Path):
-    edit_json(
-        source / "tokenizer.json",
-        lambda t: t.update(
-            added_tokens=[
-                token
-                | {
-                    "content": {"<|cAUDIO|>": "<|extra_0|>", "<|extra_0|>": "<|cAUDIO|>"}.get(
-                        token["content"], token["content"]
-                    )
-                }
-                for token in t["added_tokens"]
-            ]
-        ),
-    )
-    (source / "tokenizer_config.json").unlink()
-    assert convert(source).code == 0
-    assert json.loads((tmp_path / "target" / "manifest.json").read_text())["special_tokens"]["cAUDIO"] == 544
-
-
-def test_a_source_that_is_no_folder(convert, tmp_path: Path):
-    assert "no such folder; --src expects" in convert(tmp_path / "absent").err
-    shutil.copyfile(__file__, tmp_path / "file")
-    assert "no such folder" in convert(tmp_path / "file").err

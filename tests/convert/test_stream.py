@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_checkpoint import block_digests
 
 from covo_npu.convert import stream
 from covo_npu.convert.stream import Bytes, Zeros, write_file
-from covo_npu.runtime.checkpoint import BLOCK_BYTES, block_digests
-from covo_npu.tools.measure import PeakMemory, drop_page_cache
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES
+from covo_npu.tools.bench.measure import PeakMemory, drop_page_cache
 
 
 def pieces(seed: int, sizes: list[int]) -> list[bytes]:
@@ -46,10 +47,10 @@ def test_a_file_holds_its_streams_one_after_another(direct: bool, sizes: list[in
 
         monkeypatch.setattr(stream.os, "open", no_direct_io)
     data, told = pieces(len(sizes), sizes), []
-    size, digests = write_file(tmp_path / "file", [Bytes(piece) for piece in data], told.append)
+    written = write_file(tmp_path / "file", [Bytes(piece) for piece in data], told.append)
     assert (tmp_path / "file").read_bytes() == b"".join(data)
-    assert size == sum(told) == sum(sizes)
-    assert digests == block_digests(tmp_path / "file")
+    assert written.bytes == sum(told) == sum(sizes)
+    assert written.blocks == block_digests(tmp_path / "file")
 
 
 def test_direct_io_that_fails_in_the_middle_goes_on_buffered(tmp_path: Path, monkeypatch):

@@ -10,6 +10,7 @@ cases.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -30,14 +31,18 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+import xxhash
 
-from covo_npu.convert.plan import make_plan
-from covo_npu.convert.source import open_source
+from covo_npu.convert.plan import Plan, make_plan
+from covo_npu.convert.source import SourceCheckpoint, open_source
+from covo_npu.convert.write import write_checkpoint
 from covo_npu.kernels.errors import CovoError
-from covo_npu.runtime import CovoAudio, audio, checkpoint
-from covo_npu.runtime.batch_cli import read_dialogues
+from covo_npu.runtime import CovoAudio, Session, audio
+from covo_npu.runtime.checkpoint import format as checkpoint
+from covo_npu.runtime.checkpoint.loader import load_tensors
+from covo_npu.runtime.cli.batch import read_items
 from covo_npu.runtime.tokenizer import Tokenizer
-from covo_npu.tools import check_stages
+from covo_npu.tools.check import stages as check_stages
 
 CASE_S = 20
 MEMORY_BYTES = 2 * 2**30  # beyond what the process holds at its start
@@ -129,10 +134,12 @@ def audio_files(folder: Path, source: Path, ckpt: Path) -> Case:
 
     def case(rng: random.Random) -> bytes:
         form, data = rng.choice(seeds)
+        if rng.random() < 0.2:
+            data += rng.choice(seeds)[1]  # joined
         data = mutated(rng, data if rng.random() < 0.9 else data[:200] + rng.choice(seeds)[1][-500:])
         path = folder / f"case.{form}"
         path.write_bytes(data)
-        read, rate = audio.read_audio(path, 120.0)
+        read, rate = audio.read_audio(path, 120.0, warn=lambda line: None)
         waveform = audio.prepare(read[: 10 * rate], rate)
         assert waveform.isfinite().all()
         assert audio.num_placeholders(waveform.shape[0]) > 0
@@ -186,10 +193,12 @@ def headers(folder: Path, source: Path, ckpt: Path) -> Case:
         else:
             text = json.dumps(mutated_json(rng, json.loads(head[8:]))).encode()
             head = head[:8] + text.ljust(start - 8) if rng.random() < 0.7 else len(text).to_bytes(8, "little") + text
-        _replace(work / name, head + originals[name][start:])
+        data = head + originals[name][start:]
+        _replace(work / name, data)
         changed = copy.deepcopy(body)
-        entry = changed["files"][name]
-        entry["bytes"], entry["xxh3_128"] = (work / name).stat().st_size, checkpoint.block_digests(work / name)
+        entry, block = changed["files"][name], checkpoint.BLOCK_BYTES
+        digests = [xxhash.xxh3_128_hexdigest(data[at : at + block]) for at in range(0, len(data), block)]
+        entry["bytes"], entry["xxh3_128"] = len(data), digests
         _replace(work / checkpoint.MANIFEST, checkpoint.manifest_bytes(changed))
         try:
             _load(work)
@@ -237,7 +246,10 @@ def sources(folder: Path, source: Path, ckpt: Path) -> Case:
             data = mutated(rng, data)
         _replace(work / name, data)
         try:
-            make_plan(open_source(work), torch.bfloat16)
+            opened = open_source(work)
+            plan = make_plan(opened, torch.bfloat16)
+            if rng.random() < 0.2:
+                _write(plan, opened, folder / "written", rng.random() < 0.5)
         finally:
             _replace(work / name, originals[name])
         return data
@@ -245,9 +257,85 @@ def sources(folder: Path, source: Path, ckpt: Path) -> Case:
     return case
 
 
+def values(folder: Path, source: Path, ckpt: Path) -> Case:
+    """Weights, statistics and voices with bytes changed in the middle, cast or not: written finite, or refused."""
+    work = _linked(source, folder / "source")
+    names = [*(path.name for path in source.glob("model-*.safetensors")), "token2wav/model.pt",
+             "token2wav/global_mean_var.npy", "token2wav/prompt/prompt_latent.npy"]  # fmt: skip
+    originals = {name: (work / name).read_bytes() for name in names}
+
+    def case(rng: random.Random) -> bytes:
+        name = rng.choice(names)
+        data = bytearray(originals[name])
+        for _ in range(rng.choice((1, 3, 30))):
+            at = rng.randrange(len(data) // 3, len(data))
+            size = min(rng.choice((1, 2, 4, 4096, 2**18)), len(data) - at)
+            fill = rng.choice((b"\xff", b"\x7f", b"\0", b"\x80\x7f", b"\0\0\x80\xff", None))
+            data[at : at + size] = rng.randbytes(size) if fill is None else (fill * size)[:size]
+        _replace(work / name, bytes(data))
+        try:
+            opened = open_source(work)
+            dtype = rng.choice((torch.bfloat16, torch.float16, torch.float32))
+            _write(make_plan(opened, dtype, rng.random() < 0.3), opened, folder / "written", rng.random() < 0.5)
+        finally:
+            _replace(work / name, originals[name])
+        return bytes(data)
+
+    return case
+
+
+def _write(plan: Plan, source: SourceCheckpoint, target: Path, allow_zeros: bool) -> None:
+    """Convert; what is written must be a checkpoint without a value that is not finite."""
+    target.mkdir()
+    try:
+        write_checkpoint(plan, source, target, allow_zeros=allow_zeros)
+        manifest = checkpoint.read_manifest(target)
+        files = [file.name for file in manifest.files.values() if file.data_start is not None]
+        with load_tensors(manifest, files, torch.device("cpu")) as weights:
+            weights.wait()
+            bad = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
+        assert not bad, bad
+    finally:
+        shutil.rmtree(target)
+
+
+def arrivals(folder: Path, source: Path, ckpt: Path) -> Case:
+    """Files that are missing, cut, empty, zeros, pointers, pages, links or folders; odd files beside them."""
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+    texts = (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>", b"Entry not found", b"",
+             b"{}", b"[]", b"null", b"\xef\xbb\xbf{}", b"PK\x03\x04", b"GGUF", b"\x93NUMPY\x01\x00")  # fmt: skip
+    beside = (".aria2", ".part", ".lock", ".incomplete", ".bin", ".index.json", "~", " (1)")
+
+    def case(rng: random.Random) -> None:
+        work = folder / "source"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(source, work)  # no links: the changes below must not reach the original
+        path = work / rng.choice(names)
+        data = path.read_bytes()
+        changes: list[Callable[[], object]] = [
+            lambda: path.unlink(),
+            lambda: _replace(path, data[: rng.randrange(len(data))]),
+            lambda: _replace(path, rng.choice(texts)),
+            lambda: _replace(path, data[: rng.choice((0, 8, len(data) // 2))].ljust(len(data), b"\0")),
+            lambda: (path.unlink(), path.mkdir()),
+            lambda: (path.unlink(), path.symlink_to(rng.choice(("nowhere", path.name, "..", "/dev/null")))),
+            lambda: _replace(path.with_name(path.name + rng.choice(beside)), rng.choice(texts)),
+            lambda: path.rename(path.with_name(path.name + rng.choice(beside))),
+            lambda: path.rename(work / "model.safetensors"),
+            lambda: (work / rng.choice(names[:3])).replace(work / rng.choice(names[3:])),
+            lambda: (path.unlink(), os.mkfifo(path)),
+        ]
+        for change in rng.choices(changes, k=rng.choice((1, 1, 2))):
+            with contextlib.suppress(OSError):
+                change()
+        make_plan(open_source(rng.choice((work, work, folder))), torch.bfloat16)
+
+    return case
+
+
 def stages(folder: Path, source: Path, ckpt: Path) -> Case:
     """Files of `covo-check stages --save`, which people send each other."""
-    origin = check_stages.Origin("cpu", "native", "float32", "float32", "2", "0", "0", "0")
+    origin = check_stages.Origin("cpu", "native", "float32", "float32", "2", "0", "0", "0", "float32", "0")
     check_stages.save(folder / "seed", {"mel": torch.zeros(1, 8, 9), "logits": torch.zeros(2, 9)}, origin)
     original = (folder / "seed").read_bytes()
 
@@ -274,15 +362,15 @@ def batches(folder: Path, source: Path, ckpt: Path) -> Case:
             changed = mutated_json(rng, rows)
             data = b"".join(json.dumps(row).encode() + b"\n" for row in changed)
         _replace(folder / "dialogues.jsonl", data)
-        for dialogue in read_dialogues(folder / "dialogues.jsonl"):
-            assert dialogue.name
+        for item in read_items(folder / "dialogues.jsonl"):
+            assert item.id
         return data
 
     return case
 
 
 TARGETS = {"audio": audio_files, "manifest": manifests, "header": headers, "tokenizer": tokenizers, "source": sources,
-           "stages": stages, "batch": batches}  # fmt: skip
+           "values": values, "arrival": arrivals, "stages": stages, "batch": batches}  # fmt: skip
 
 
 # --- the working folder
@@ -309,7 +397,7 @@ def _load(folder: Path) -> None:
     model = CovoAudio.load(folder, device="cpu", max_context=1024)
     try:
         mode = "a2t" if model.networks.token2wav is None else "a2ta"
-        model.session(mode, max_new_tokens=2, system="short").say(np.zeros(4800, np.float32), 24000)
+        Session(model, mode=mode, max_new_tokens=2, system="short").say(np.zeros(4800, np.float32), 24000)
         if model.networks.token2wav is not None:
             model.token2wav([0])
     finally:
@@ -323,8 +411,8 @@ class TimeIsUp(BaseException):
     """A case took too long."""
 
 
-def fuzz(target: str, source: Path, ckpt: Path, seconds: float, seed: int, keep: Path) -> dict[str, Any]:
-    """Return how many cases were tried, how they ended, and the first faults."""
+def fuzz(target: str, source: Path, ckpt: Path, seconds: float, cases: int, seed: int, keep: Path) -> dict[str, Any]:
+    """Return how many cases were tried, how they ended, and the first faults. cases: at least, if it takes longer."""
     ends: Counter[str] = Counter()
     faults: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -332,7 +420,7 @@ def fuzz(target: str, source: Path, ckpt: Path, seconds: float, seed: int, keep:
         _limit_memory()
         signal.signal(signal.SIGALRM, _time_is_up)
         begin, number = time.monotonic(), 0
-        while time.monotonic() - begin < seconds:
+        while number < cases or time.monotonic() - begin < seconds:
             signal.alarm(CASE_S)
             try:
                 case(random.Random(f"{target}-{seed}-{number}"))
@@ -387,11 +475,12 @@ def main() -> int:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--ckpt", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--cases", type=int, default=1, help="at least, if it takes longer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("build/fuzz"), help="where inputs that fail are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = fuzz(options.target, options.source, options.ckpt, options.seconds, options.seed, options.keep)
+    report = fuzz(**vars(options))
     print(json.dumps(report, indent=1))
     return 1 if report["faults"] else 0
 

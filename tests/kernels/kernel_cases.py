@@ -46,6 +46,19 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
 
+def int8_inputs(generator: torch.Generator) -> Inputs:
+    """Return 8-bit weights with both ends of their range; scales of very different sizes, one of them 0."""
+    weight = torch.randint(-127, 128, (37, 53), generator=generator, dtype=torch.int8)
+    weight[0, 0], weight[36, 52] = 127, -127
+    scale = torch.rand(37, generator=generator, dtype=torch.float64) / 64 + 1e-3
+    scale[5], scale[7], scale[11] = 0.0, 1e-5, 3.0
+    return {"x": rows(generator, 5, 53), "weight": weight, "scale": scale, "bias": normal(generator, 37)}
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("tc,oc->to", x, weight.double() * scale[:, None]) + bias
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, attended: Tensor | None = None) -> Tensor:
     """One head, loops over nothing: q [S, D], k, v [T, D], attended [S, T]."""
     scores = q @ k.T * scale
@@ -251,6 +264,19 @@ CASES = (
         (
             lambda x, weight, bias: torch.einsum("tc,oc->to", x, weight),
             lambda x, weight, bias: torch.einsum("tc,oc->to", x, weight.flip(1)) + bias,
+        ),
+    ),
+    Case(
+        "linear_int8",
+        int8_inputs,
+        int8_product,
+        (
+            lambda x, weight, scale, bias: int8_product(x, weight, scale, 0 * bias),
+            lambda x, weight, scale, bias: int8_product(x, weight, scale.roll(1), bias),
+            lambda x, weight, scale, bias: int8_product(x, weight, scale * 0 + scale.mean(), bias),
+            lambda x, weight, scale, bias: (torch.einsum("tc,oc->to", x, weight.double()) + bias) * scale,
+            lambda x, weight, scale, bias: int8_product(x, weight.to(torch.uint8), scale, bias),
+            lambda x, weight, scale, bias: int8_product(x, weight.flip(1), scale, bias),
         ),
     ),
     Case(

@@ -14,10 +14,12 @@ import torch
 from kernels.kernel_cases import CASES, Case
 from torch import Tensor
 
-from covo_npu.kernels import interface, native, reference, select
+from covo_npu.kernels import device, interface, native, reference, select
+from covo_npu.kernels.cpu import CPU
+from covo_npu.kernels.cpu.choice import OURS, Choice
 from covo_npu.kernels.errors import BackendError
 
-BACKENDS = (reference, native)
+BACKENDS = (reference, native, CPU(Choice.unmeasured(OURS)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +35,9 @@ def run(backend: Any, case: Case, inputs: dict[str, Any]) -> Tensor:
     """Return the result as one tensor: tuples are stacked, writers give their caches."""
     copies = {n: v.clone() if n.endswith("_cache") else v for n, v in inputs.items()}
     before = {n: v.clone() for n, v in copies.items() if isinstance(v, Tensor) and not n.endswith("_cache")}
+    if "attended" in copies:
+        copies["mask"] = backend.step_mask(attended=copies.pop("attended"))
+        before.pop("attended")
     result = getattr(backend, case.function)(**copies)
     for name, value in before.items():
         assert torch.equal(copies[name], value), f"{case.function} wrote its input {name}"
@@ -86,29 +91,31 @@ def test_caches_are_written_bit_for_bit() -> None:
 
 
 def test_every_function_of_the_contract_has_a_case() -> None:
-    assert {case.function for case in CASES} == set(select.FUNCTIONS)
+    # step_mask makes what masked_decode_attention takes, conv_weight what conv1d reads: see their tests
+    assert {case.function for case in CASES} | {"step_mask", "conv_weight"} == set(select.FUNCTIONS)
     for backend in BACKENDS:
         assert all(callable(getattr(backend, function)) for function in select.FUNCTIONS)
         as_kernels: interface.Kernels = backend
-        assert as_kernels.name == backend.__name__.rpartition(".")[2]
+        assert as_kernels.name in select.BACKENDS
 
 
 def test_select_names_what_there_is() -> None:
     cpu = torch.device("cpu")
-    assert select.select(None, cpu) is native
+    assert isinstance(select.select(None, cpu), CPU) and select.select(None, torch.device("cuda:0")) is native
+    assert select.select("native", cpu) is native
     assert select.select("reference", cpu) is reference
-    with pytest.raises(BackendError, match="unknown backend 'fast'; there are npu, native, reference"):
+    with pytest.raises(BackendError, match="unknown backend 'fast'; there are npu, cpu, native, reference"):
         select.select("fast", cpu)
     with pytest.raises(BackendError, match="backend npu serves npu, not cpu"):
         select.select("npu", cpu)
 
 
 def test_devices_are_parsed_and_checked() -> None:
-    assert select.open_device("cpu") == torch.device("cpu")
+    assert device.open_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendError, match="unknown device 'gpu'"):
-        select.open_device("gpu")
+        device.open_device("gpu")
     with pytest.raises(BackendError, match="cuda:97 is not there"):
-        select.open_device("cuda:97")
+        device.open_device("cuda:97")
 
 
 def test_description_counts_own_and_borrowed_functions() -> None:

@@ -1,7 +1,8 @@
-"""linear on the CPU: one row of 16-bit numbers and several rows each take a way of their own."""
+"""linear on the CPU: one row of bfloat16 and several rows each take a way of their own."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -28,28 +29,36 @@ def test_one_row_has_at_most_twice_the_error_of_rounding(
     assert (native.linear(x, weight.flip(0), bias).double() - expected).abs().max() > 2 * rounded
 
 
-def test_the_row_goes_past_onednn_and_everything_else_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    real = torch.nn.functional.linear
-
-    def watched(*args: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.backends.mkldnn.enabled)
-        return real(*args)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
-    monkeypatch.setattr(native, "FUSED_DTYPES", ())
-    weight = torch.ones(4, 6)
-    native.linear(torch.ones(1, 6).bfloat16(), weight.bfloat16())
-    native.linear(torch.ones(2, 6).bfloat16(), weight.bfloat16())
-    native.linear(torch.ones(1, 6), weight)
-    assert seen == [not native.PLAIN_ROW, True, True]
-    assert torch.backends.mkldnn.enabled
+def process_wide() -> tuple[object, ...]:
+    onednn = torch.backends.mkldnn
+    return onednn.enabled, torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
 
 
-def test_the_switch_is_put_back_after_a_fault() -> None:
-    with pytest.raises(RuntimeError):
-        native.linear(torch.ones(1, 6).bfloat16(), torch.ones(4, 7).bfloat16())
-    assert torch.backends.mkldnn.enabled
+def test_no_switch_of_the_process_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads multiply, a third watches: what one of them turned off for a moment the other would miss."""
+    before, touched, seen = process_wide(), [], set()
+    monkeypatch.setattr(torch._C, "_set_mkldnn_enabled", touched.append)
+    done = threading.Event()
+
+    def multiply(dtype: torch.dtype) -> None:
+        weight, bias = torch.ones(64, 512, dtype=dtype), torch.ones(64, dtype=dtype)
+        for rows in (1, 3) * 50:
+            native.linear(torch.ones(rows, 512, dtype=dtype), weight, bias)
+            native.linear_gelu_tanh(torch.ones(rows, 512, dtype=dtype), weight)
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(process_wide())
+
+    watcher = threading.Thread(target=watch)
+    workers = [threading.Thread(target=multiply, args=(dtype,)) for dtype in (torch.bfloat16, torch.float16)]
+    for thread in (watcher, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    done.set()
+    watcher.join()
+    assert touched == [] and seen == {before}
 
 
 @pytest.mark.parametrize("dtype", native.FUSED_DTYPES, ids=str)

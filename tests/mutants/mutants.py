@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("convert", "runtime", "kernels", "tools")
+FOLDERS = ("convert", "runtime", "kernels", "serve", "tools")
 PRELOADED = ("torch", "numpy", "pytest", "soundfile", "tokenizers", "safetensors.torch", "hypothesis",
              "transformers.generation.logits_process")  # fmt: skip
 PASSED, FAILED = 0, 1  # pytest's exit codes; others mean that the tests did not run
@@ -47,12 +47,13 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+QWEN2 = "runtime/networks/qwen2.py"
 NATIVE, SAMPLER, TOKEN2WAV = "kernels/native.py", "runtime/sampling.py", "runtime/token2wav.py"
 ROWS = "cache.first_rows[slot] + {}[:, None]"
-LAST = "+ len(tokens){}\n        self.rounds"
-CHOICE = "torch.{} if penalty > 1 else torch.{}"
-RECENT = "torch.cat((recent[:, 1:], {}), dim=1)"
-STD = "latents * self.statistics.std"
+LAST = "round_.before, tuple(round_.tokens{})"
+CHOICE = "torch.where(scores > 0, scores {} penalty, scores {} penalty)"
+RECENT = "torch.cat((self._recent[slots, 1:], {}), dim=1)"
+STD = "self.mean + latents * self.std"
 SINUSOID = "torch.cat((angles.{}(), angles.{}()))"
 
 MUTANTS = (
@@ -61,19 +62,22 @@ MUTANTS = (
     Mutant("rotation", NATIVE, "value=-1)", "value=1)", KERNELS),
     Mutant("gate-and-up", NATIVE, "gate, up = gate_up.chunk", "up, gate = gate_up.chunk", KERNELS),
     Mutant("gelu", NATIVE, "return F.gelu(x)\n", 'return F.gelu(x, approximate="tanh")\n', KERNELS),
+    Mutant("int8-scale", NATIVE, "* scale[rows].float()", "* scale[rows].float().mean()", KERNELS),
     Mutant("anti-alias", NATIVE, "for first in (11, 10)", "for first in (10, 11)", VOCODER_KERNELS),
     Mutant("edge", NATIVE, "even[..., -3:] = odd[..., -3:-2]", "even[..., -3:] = odd[..., -2:-1]", VOCODER_KERNELS),
-    Mutant("frequencies", "runtime/rotary.py", "/ head_dim)", "/ (head_dim + 2))", DIALOGUE),
-    Mutant("cache-rows", "runtime/qwen2.py", ROWS.format("positions"), ROWS.format("positions.flip(0)"), DIALOGUE),
-    Mutant("last-token", "runtime/session.py", LAST.format(" - 1"), LAST.format(""), DIALOGUE),
-    Mutant("penalty", SAMPLER, CHOICE.format("minimum", "maximum"), CHOICE.format("maximum", "minimum"), SAMPLING),
-    Mutant("window", SAMPLER, RECENT.format("ids[:, None]"), RECENT.format("recent[:, :1]"), SAMPLING),
-    Mutant("forgetting", SAMPLER, "seen.zero_().scatter_", "seen.scatter_", SAMPLING),
+    Mutant("frequencies", "runtime/networks/rotary.py", "/ head_dim)", "/ (head_dim + 2))", DIALOGUE),
+    Mutant("cache-rows", QWEN2, ROWS.format("positions"), ROWS.format("positions.flip(0)"), DIALOGUE),
+    Mutant("last-token", "runtime/engine.py", LAST.format("[:-1]"), LAST.format(""), DIALOGUE),
+    Mutant("penalty", SAMPLER, CHOICE.format("/", "*"), CHOICE.format("*", "/"), SAMPLING),
+    Mutant("window", SAMPLER, RECENT.format("ids[:, None]"), RECENT.format("self._recent[slots, :1]"), SAMPLING),
+    Mutant("forgetting", SAMPLER, "_seen[slot].zero_().scatter_", "_seen[slot].scatter_", SAMPLING),
     Mutant("midpoint", "runtime/flow.py", "alpha=step / 2)", "alpha=step)", FLOW),
     Mutant("guidance", "runtime/flow.py", "1 + cfg_alpha)", "cfg_alpha)", FLOW),
-    Mutant("prompt-frames", TOKEN2WAV, "[self.config.voice.num_frames :]", "[self.config.voice.num_codes :]", SPEECH),
+    Mutant(
+        "prompt-frames", TOKEN2WAV, "latents[known_latents.shape[0] :]", "latents[known_latents.shape[0] + 1 :]", SPEECH
+    ),
     Mutant("statistics", TOKEN2WAV, STD, f"{STD}.square()", SPEECH),
-    Mutant("time", "runtime/dit.py", SINUSOID.format("cos", "sin"), SINUSOID.format("sin", "cos"), SPEECH),
+    Mutant("time", "runtime/networks/dit.py", SINUSOID.format("cos", "sin"), SINUSOID.format("sin", "cos"), SPEECH),
     Mutant("mel-floor", "runtime/audio.py", "logarithm.amax() - 8.0", "logarithm.amax() - 7.0", MEL),
     Mutant("weight-norm", "convert/transforms.py", "dim=tuple(range(1, v.ndim))", "dim=tuple(range(v.ndim))", FOLD),
 )

@@ -1,0 +1,149 @@
+/* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
+ * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
+ *
+ * Prints a line for each set: "neon: 120 products, 9 attentions" or "neon_bf16: not executed here".
+ * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "covo.h"
+
+const char *covo_set_name(int i);
+int covo_set_here(int i);
+int covo_linear(int i, int threads, const void *x, int x_type, const void *weight, int weight_type, const float *scale,
+                const void *bias, void *y, long M, long N, long K);
+int covo_decode_attention(int i, int threads, const void *query, const void *keys, const void *values,
+                          const long *lengths, void *out, int type, long B, long H, long G, long K_max, long D,
+                          float scale);
+
+static const char *TYPES[] = {"bfloat16", "float16", "float32", "int8"};
+static const double EPSILON[] = {0x1p-8, 0x1p-11, 0x1p-24}; /* of one rounding */
+static int faults;
+static uint64_t state;
+
+static double uniform(void) { /* in (-1, 1), xorshift */
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return (double)(int64_t)state / 0x1p63;
+}
+
+static double normal(void) {
+  double sum = 0;
+  for (int i = 0; i < 12; i++) sum += uniform();
+  return sum / 2;
+}
+
+static double at(const void *from, long i, int type) {
+  return type == INT8 ? ((const int8_t *)from)[i] : get(from, i, type);
+}
+
+static void set(void *to, long i, int type, double value) {
+  if (type == INT8) ((int8_t *)to)[i] = (int8_t)fmax(-128, fmin(127, rint(value * 40)));
+  else put(to, i, type, (float)value);
+}
+
+/* Memory for elements that starts where no vector does. */
+static void *unaligned(long count, int type) { return (char *)malloc((size_t)(count + 2) * 4) + bytes_of(type); }
+static void release(void *memory, int type) { free((char *)memory - bytes_of(type)); }
+
+static int product(int i, int x_type, int weight_type, long M, long N, long K) {
+  void *x = unaligned(M * K, x_type), *w = unaligned(N * K, weight_type), *bias = unaligned(N, x_type);
+  void *y = unaligned(M * N, x_type);
+  float *scale = malloc((size_t)N * 4);
+  for (long m = 0; m < M; m++)
+    for (long k = 0; k < K; k++)
+      set(x, m * K + k, x_type, normal() * (m == 0 ? 1e-3 : m == 1 ? 50 : m == 3 ? 0 : m == 4 ? 1e-7 : 1));
+  for (long n = 0; n < N; n++) {
+    for (long k = 0; k < K; k++) set(w, n * K + k, weight_type, n == 2 ? 0 : normal());
+    set(bias, n, x_type, normal());
+    scale[n] = (float)(uniform() * uniform() / 64);
+  }
+  const int served = covo_linear(i, 3, x, x_type, w, weight_type, weight_type == INT8 ? scale : NULL, bias, y, M, N, K);
+  double worst = 0, least_mistake = 0;
+  for (long m = 0; m < M; m++)
+    for (long n = 0; n < N; n++) {
+      double sum = 0, size = 0, factor = weight_type == INT8 ? scale[n] : 1, last = 0;
+      for (long k = 0; k < K; k++) {
+        last = at(x, m * K + k, x_type) * at(w, n * K + k, weight_type);
+        sum += last;
+        size += fabs(last);
+      }
+      const double exact = sum * factor + at(bias, n, x_type), found = at(y, m * N + n, x_type);
+      /* Sums of K products in float32: K roundings at worst, their square root typically; twice that; subnormals. */
+      const double bound = EPSILON[x_type] * fabs(exact) + 2 * (sqrt(K) + 4) * 0x1p-24 * (size * fabs(factor) + fabs(exact)) +
+                           (x_type == FLOAT16 ? 0x1p-25 : 0) + 0x1p-120;
+      worst = fmax(worst, fabs(found - exact) / bound);
+      if (fabs(last * factor) > 0) least_mistake = fmax(least_mistake, fabs(found - exact + last * factor) / bound);
+    }
+  if (worst > 1 || served < i || (M > 1 && K < 2000 && least_mistake <= 1)) {
+    printf("%s, served by %s: x %s, weights %s, %ld x %ld x %ld: %.3g of the bound, without the last column %.3g\n",
+           covo_set_name(i), covo_set_name(served), TYPES[x_type], TYPES[weight_type], M, N, K, worst, least_mistake);
+    faults++;
+  }
+  release(x, x_type), release(w, weight_type), release(bias, x_type), release(y, x_type), free(scale);
+  return 1;
+}
+
+static int attention(int i, int type, long B, long H, long G, long D, const long *lengths) {
+  const long K_max = 600, R = H / G;
+  void *q = unaligned(B * H * D, type), *k = unaligned(B * G * K_max * D, type), *v = unaligned(B * G * K_max * D, type);
+  void *out = unaligned(B * H * D, type);
+  const double scale = 1 / sqrt(D);
+  double *weights = malloc(K_max * sizeof *weights), worst = 0, mistake = 0;
+  for (long j = 0; j < B * H * D; j++) set(q, j, type, normal() * (j / D % H == 0 ? 20 : 1));
+  for (long j = 0; j < B * G * K_max * D; j++) set(k, j, type, normal()), set(v, j, type, normal());
+  covo_decode_attention(i, 3, q, k, v, lengths, out, type, B, H, G, K_max, D, (float)scale);
+  for (long h = 0; h < B * H; h++) {
+    const long row = (h / H * G + h % H / R) * K_max, length = lengths[h / H];
+    double largest = -INFINITY, total = 0;
+    for (long r = 0; r < length; r++) {
+      weights[r] = 0;
+      for (long d = 0; d < D; d++) weights[r] += at(q, h * D + d, type) * at(k, (row + r) * D + d, type) * scale;
+      largest = fmax(largest, weights[r]);
+    }
+    for (long r = 0; r < length; r++) total += weights[r] = exp(weights[r] - largest);
+    for (long d = 0; d < D; d++) {
+      double exact = 0, found = at(out, h * D + d, type);
+      for (long r = 0; r < length; r++) exact += weights[r] / total * at(v, (row + r) * D + d, type);
+      const double bound = EPSILON[type] * fabs(exact) + 1e-4;
+      const double last = weights[length - 1] / total * at(v, (row + length - 1) * D + d, type);
+      worst = fmax(worst, fabs(found - exact) / bound);
+      mistake = fmax(mistake, fabs(found - exact + last) / bound);
+    }
+  }
+  if (worst > 1 || mistake <= 1) {
+    printf("%s: attention %s, %ld x %ld / %ld x %ld: %.3g of the bound, without the last row %.3g\n", covo_set_name(i),
+           TYPES[type], B, H, G, D, worst, mistake);
+    faults++;
+  }
+  release(q, type), release(k, type), release(v, type), release(out, type), free(weights);
+  return 1;
+}
+
+int main(void) {
+  static const long SIZES[][3] = {{1, 5, 7},   {1, 64, 64}, {2, 33, 100}, {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},
+                                  {11, 40, 333}, {16, 64, 96}, {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
+  static const int PAIRS[][2] = {{BFLOAT16, BFLOAT16}, {FLOAT16, FLOAT16}, {BFLOAT16, INT8}, {FLOAT16, INT8},
+                                 {FLOAT32, INT8}};
+  for (int i = 0; covo_set_name(i); i++) {
+    if (!covo_set_here(i)) {
+      printf("%s: not executed here\n", covo_set_name(i));
+      continue;
+    }
+    int products = 0, attentions = 0;
+    state = 88172645463325252u;
+    for (unsigned s = 0; s < sizeof SIZES / sizeof *SIZES; s++)
+      for (unsigned p = 0; p < sizeof PAIRS / sizeof *PAIRS; p++)
+        products += product(i, PAIRS[p][0], PAIRS[p][1], SIZES[s][0], SIZES[s][1], SIZES[s][2]);
+    for (int type = BFLOAT16; type <= FLOAT32; type++) {
+      attentions += attention(i, type, 1, 28, 4, 128, (const long[]){300});
+      attentions += attention(i, type, 3, 9, 3, 64, (const long[]){17, 513, 256});
+      attentions += attention(i, type, 2, 5, 1, 32, (const long[]){1, 40});
+    }
+    printf("%s: %d products, %d attentions\n", covo_set_name(i), products, attentions);
+  }
+  if (faults) printf("%d faults\n", faults);
+  return faults != 0;
+}
