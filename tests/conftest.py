@@ -35,24 +35,27 @@ def tiny_source() -> Path:
 
 
 @pytest.fixture(scope="session")
-def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Callable[[str], Path]:
-    """A function: dtype -> folder of the tiny checkpoint converted to it, once for all tests; do not write there.
+def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Callable[..., Path]:
+    """A function: dtype or int8, ranks -> folder of the tiny checkpoint converted for them, once for all tests.
 
-    With COVO_TEST_CONVERTED in the environment they are made and kept in that folder, for several runs to share.
+    Do not write there. With COVO_TEST_CONVERTED in the environment they are made and kept in that folder, for several
+    runs to share.
     """
     done: dict[str, Path] = {}
 
-    def convert(dtype: str = "float32") -> Path:
-        if dtype not in done:
+    def convert(dtype: str = "float32", tp: int = 1) -> Path:
+        name = dtype if tp == 1 else f"{dtype}-tp{tp}"
+        if name not in done:
             kept = os.environ.get("COVO_TEST_CONVERTED")
-            target = (Path(kept) if kept else tmp_path_factory.mktemp("converted")) / dtype
+            target = (Path(kept) if kept else tmp_path_factory.mktemp("converted")) / name
             if target.exists():
-                done[dtype] = target
+                done[name] = target
                 return target
             command = [Path(sys.executable).with_name("covo-convert"), "--src", tiny_source, "--dst", target]
-            subprocess.run([*command, "--dtype", dtype], check=True, capture_output=True)
-            done[dtype] = target
-        return done[dtype]
+            option = "--weights" if dtype == "int8" else "--dtype"
+            subprocess.run([*command, option, dtype, "--tp", str(tp)], check=True, capture_output=True)
+            done[name] = target
+        return done[name]
 
     return convert
 

@@ -1,6 +1,7 @@
 """The house: which way imports point, what is imported when, and that a wheel holds all of it."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "runtime": {"runtime", "kernels"},
     "convert": {"convert", "runtime", "kernels"},
-    "tools": {"tools", "convert", "runtime", "kernels"},
+    "serve": {"serve", "runtime", "kernels"},
+    "tools": {"tools", "serve", "convert", "runtime", "kernels"},
 }
+WEB = ("starlette", "uvicorn", "prometheus_client", "pythonjsonlogger", "ray")  # only serve/ imports them
 HEAVY = ("transformers", "librosa", "torchdiffeq", "scipy", "numba", "einops", "torch_npu")
 MODULES = sorted(
     "covo_npu." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -48,6 +51,8 @@ def offences(path, text):
                 found.append((node.lineno, f"{folder} must not import {target}"))
             if top in MAY_IMPORT:
                 found.append((node.lineno, f"import of {top} outside covo_npu; write covo_npu.{top}"))
+            if top in WEB and folder != "serve":
+                found.append((node.lineno, f"only serve imports {top}"))
             if top == "torch_npu" and path != Path("kernels/npu.py"):
                 found.append((node.lineno, "only kernels/npu.py imports torch_npu"))
     return [f"{path}:{line}: {what}" for line, what in sorted(set(found))]
@@ -67,9 +72,12 @@ def test_direction_of_imports(folder):
         ("runtime/x.py", "import json\nfrom covo_npu.convert.plan import plan", "2: runtime must not import convert"),
         ("kernels/x.py", "def f():\n    import covo_npu.runtime.audio", "2: kernels must not import runtime"),
         ("convert/x.py", "from covo_npu import tools", "1: convert must not import tools"),
-        ("kernels/x.py", "import_module('covo_npu.tools.bench')", "1: kernels must not import tools"),
+        ("kernels/x.py", "import_module('covo_npu.tools.bench.cli')", "1: kernels must not import tools"),
         ("runtime/x.py", "from .audio import prepare", "1: relative import"),
         ("tools/x.py", "import kernels.npu", "1: import of kernels outside covo_npu"),
+        ("tools/x.py", "from starlette.requests import Request", "1: only serve imports starlette"),
+        ("runtime/x.py", "import covo_npu.serve.app", "1: runtime must not import serve"),
+        ("serve/x.py", "from covo_npu.convert import plan", "1: serve must not import convert"),
         ("kernels/native.py", "import torch_npu", "1: only kernels/npu.py imports torch_npu"),
     ],
 )
@@ -118,30 +126,65 @@ def test_the_runtime_is_importable_without_what_only_conversion_and_tests_need()
 
 
 def test_covo_run_imports_nothing_heavy_at_start():
-    program = f"import sys, covo_npu.runtime.cli\nprint(*set({(*HEAVY, 'torch')}) & set(sys.modules))"
+    program = f"import sys, covo_npu.runtime.cli.run\nprint(*set({(*HEAVY, 'torch')}) & set(sys.modules))"
     assert in_subprocess(program) == []
 
 
-def test_a_wheel_holds_every_module_and_data_file(tmp_path):
-    tree = tmp_path / "tree"
-    for folder in MAY_IMPORT:
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+def test_covo_serve_imports_neither_torch_nor_a_web_framework_at_start():
+    program = f"import sys, covo_npu.serve.cli\nprint(*set({(*HEAVY, *WEB, 'torch')}) & set(sys.modules))"
+    assert in_subprocess(program) == []
+
+
+def wheel(folder, **environment):
+    """Return the path of a wheel that is built from a copy of the tree, with more in the environment."""
+    tree = folder / "tree"
+    made = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in MAY_IMPORT:
+        shutil.copytree(ROOT / name, tree / name, ignore=made)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree]
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("covo_npu-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, tree]
+    subprocess.run(build, check=True, capture_output=True, timeout=300, env={**os.environ, **environment})
+    (found,) = folder.glob("covo_npu-*.whl")
+    return found
+
+
+def test_a_wheel_holds_every_module_and_data_file_and_the_library(tmp_path):
+    built = wheel(tmp_path)
+    with zipfile.ZipFile(built) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         commands = re.findall(r"^(covo-[a-z]+) = ([\w.]+):main$", archive.read(entry_points).decode(), re.M)
-    expected = {
-        f"covo_npu/{path.relative_to(tree)}" for f in MAY_IMPORT for path in (tree / f).rglob("*") if path.is_file()
-    }
-    assert held == expected
+        archive.extractall(tmp_path / "installed")
+    tree, sources = tmp_path / "tree", Path("kernels/cpu/csrc")
+    files = {path.relative_to(tree) for f in MAY_IMPORT for path in (tree / f).rglob("*") if path.is_file()}
+    expected = {f"covo_npu/{path}" for path in files if path.parent != sources}
+    assert held == expected | {"covo_npu/kernels/cpu/libcovo.so"}
     assert {"covo_npu/runtime/data/system_prompt.txt", *(f"covo_npu/{f}/py.typed" for f in MAY_IMPORT)} <= held
-    assert len(commands) == 5
+    assert len(commands) == 6
     assert {module for _, module in commands} <= set(MODULES)
+    assert built.name.startswith("covo_npu-0.1.0-py3-none-linux_")
+    assert selected(tmp_path / "installed") == ["cpu"]
+
+
+def test_without_a_compiler_the_package_installs_all_the_same(tmp_path):
+    with zipfile.ZipFile(wheel(tmp_path, CC="/no/compiler")) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "installed")
+    assert selected(tmp_path / "installed") == ["native"]
+
+
+def selected(folder):
+    """Return the name of the backend that serves a CPU in an installation."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import torch
+from covo_npu.kernels import __file__ as place, select
+assert place.startswith({str(folder)!r}), place
+print(select.select(None, torch.device("cpu")).name)
+"""
+    return in_subprocess(program)
 
 
 def test_develop_installs_are_refused_with_a_hint():

@@ -6,21 +6,23 @@ import wave
 from collections.abc import Callable
 from typing import Any
 
-from covo_npu.runtime import audio, cli, loader, model
-from covo_npu.runtime.bigvgan import BigVGAN
-from covo_npu.runtime.dit import DiT
+from covo_npu.runtime import audio, ground
+from covo_npu.runtime.checkpoint import loader
+from covo_npu.runtime.cli import run as cli
+from covo_npu.runtime.networks.bigvgan import BigVGAN
+from covo_npu.runtime.networks.dit import DiT
+from covo_npu.runtime.networks.whisper import WhisperEncoder
 from covo_npu.runtime.sampling import Sampler
-from covo_npu.runtime.whisper import WhisperEncoder
 
 # stage: (where, name, at which call).
 STAGES: dict[str, tuple[Any, str, int]] = {
-    "manifest": (model, "read_manifest", 1),
-    "load": (loader, "_blocks", 1),
+    "manifest": (ground, "read_manifest", 1),
+    "load": (loader, "all_blocks", 1),
     "read": (audio, "read_audio", 1),
     "encode": (WhisperEncoder, "forward", 1),
     "decode": (Sampler, "next", 5),
     "flow": (DiT, "forward", 3),
-    "vocoder": (BigVGAN, "forward", 1),
+    "vocoder": (BigVGAN, "pieces", 1),
     "write": (wave.Wave_write, "writeframes", 1),
 }
 

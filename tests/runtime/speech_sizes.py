@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from random_networks import FULL, random_token2wav, random_voice
+
 from covo_npu.kernels import native
-from covo_npu.runtime.config import VoiceConfig
+from covo_npu.runtime.checkpoint.config import VoiceConfig
 from covo_npu.runtime.token2wav import Token2Wav
-from covo_npu.tools.random_speech import FULL, random_token2wav
+from covo_npu.runtime.voice import Voice
 
 SMALL = replace(
     FULL,
@@ -22,3 +24,7 @@ SMALL = replace(
 
 def small_token2wav() -> Token2Wav:
     return random_token2wav(SMALL, native)
+
+
+def small_voice() -> Voice:
+    return random_voice(SMALL)

@@ -32,6 +32,8 @@ class _Recorder(TorchDispatchMode):
 class Tape:
     """Counts captures and replays; called with work, it returns the replay."""
 
+    required = True
+
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
@@ -46,10 +48,19 @@ class Tape:
             for func, args, kwargs, recorded in recorder.calls:
                 result = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                    if isinstance(new, torch.ScriptObject):  # a collective under way; in a graph the stream waits
+                        new.wait()
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
         return replay
+
+
+def optional_tape() -> Tape:
+    """Return a tape without which it goes on as well."""
+    tape = Tape()
+    tape.required = False
+    return tape
 
 
 def frozen(tape: Tape) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The vocoder against a plain formulation, in any pieces, in batches; how far it looks ahead."""
+"""The vocoder against a plain formulation, in any pieces; how far it looks ahead."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime.speech_sizes import SMALL, small_token2wav
+from random_networks import FULL, random_token2wav
+from runtime.speech_sizes import SMALL, small_token2wav, small_voice
 from torch import Tensor
 
 from covo_npu.kernels import native
-from covo_npu.runtime import bigvgan
-from covo_npu.runtime.bigvgan import BigVGAN, Stream
-from covo_npu.tools.random_speech import FULL, random_token2wav
-from covo_npu.tools.stock_token2wav import StockToken2Wav
+from covo_npu.runtime.networks import bigvgan
+from covo_npu.runtime.networks.bigvgan import BigVGAN, Stream
+from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
 
 HOP = 240
 
@@ -51,7 +51,7 @@ def in_pieces(vocoder: BigVGAN, x: Tensor, cuts: list[int]) -> Tensor:
 @pytest.mark.parametrize("frames", [1, 2, 4, 29, 140])
 def test_as_the_plain_formulation(networks, vocoder: BigVGAN, frames: int) -> None:
     x = latents(2, 8, frames)
-    found, expected = vocoder(x), StockToken2Wav(networks).vocoder(x)
+    found, expected = vocoder(x), StockToken2Wav(networks, small_voice()).vocoder(x)
     assert found.shape == (2, HOP * frames)
     assert (found - expected).abs().max() <= 1e-5
     assert expected.std() > 0.005 and expected.abs().max() < 0.9  # neither silent nor saturated
@@ -65,7 +65,7 @@ def test_a_stage_of_the_real_size_as_the_plain_formulation() -> None:
     stream = Stream()
     stream.ends = True
     found = networks.vocoder.stages[0](x, networks.vocoder.filters, stream)
-    expected = StockToken2Wav(networks).stage(0, 5, x)
+    expected = StockToken2Wav(networks, small_voice()).stage(0, 5, x)
     assert found.shape == (1, 768, 35)
     assert (found - expected).abs().max() <= 1e-5 * expected.std()  # of a sum over 768 channels
 
@@ -89,9 +89,10 @@ def test_long_replies_are_cut_alike(vocoder: BigVGAN, monkeypatch: pytest.Monkey
     x = latents(1, 8, 150)
     whole = vocoder(x)
     monkeypatch.setitem(bigvgan.PIECE_FRAMES, "cpu", 37)
-    done = []
-    assert (vocoder(x, lambda *step: done.append(step)) - whole).abs().max() <= 1e-5
-    assert done == [(piece, 5) for piece in range(1, 6)]
+    pieces = list(vocoder.pieces(x, Stream(), ends=True))
+    assert len(pieces) == 5
+    assert (torch.cat(pieces, -1) - whole).abs().max() <= 1e-5
+    assert torch.equal(vocoder(x), torch.cat(pieces, -1))
 
 
 def test_samples_come_as_soon_as_they_are_decided(vocoder: BigVGAN) -> None:
@@ -114,10 +115,3 @@ def test_memory_is_bounded_by_the_piece(vocoder: BigVGAN) -> None:
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in stream._kept.values()))
     assert kept[0] == kept[1] == kept[2]
     assert kept[0] < 2**20
-
-
-def test_a_batch_changes_nothing(vocoder: BigVGAN) -> None:
-    replies = [latents(8, frames) for frames in (5, 70, 70, 1, 33)]
-    for found, reply in zip(vocoder.replies(replies), replies, strict=True):
-        assert found.shape == (HOP * reply.shape[-1],)
-        assert (found - vocoder(reply[None])[0]).abs().max() <= 1e-5

@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
 import xxhash
-from made_checkpoint import LLM, rewrite_manifest, small_tensors, write_checkpoint
+from made_checkpoint import LLM, block_digests, rewrite_in_layout_1, rewrite_manifest, small_tensors, write_checkpoint
 from safetensors import safe_open
 
-from covo_npu.runtime import checkpoint
-from covo_npu.runtime.checkpoint import BLOCK_BYTES, BlockHasher, CheckpointError, plan_file, read_manifest
+from covo_npu.runtime import CovoAudio, Session
+from covo_npu.runtime.checkpoint import format as checkpoint
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES, CheckpointError, plan_file, read_manifest
 
 
 @pytest.fixture
@@ -72,18 +74,6 @@ def test_plan_aligns_and_fills_every_gap():
     assert list(plan.tensors) == [name for name, _, _ in tensors]
 
 
-@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 * BLOCK_BYTES])
-def test_block_hasher_is_independent_of_the_pieces(size):
-    data = random.Random(size).randbytes(size)
-    hasher, position, rng = BlockHasher(), 0, random.Random(1)
-    while position < size:
-        step = rng.randrange(1, 5_000_000)
-        hasher.update(data[position : position + step])
-        position += step
-    blocks = [data[i : i + BLOCK_BYTES] for i in range(0, size, BLOCK_BYTES)]
-    assert hasher.digests() == [xxhash.xxh3_128_hexdigest(block) for block in blocks]
-
-
 def test_source_checkpoint_is_told_from_rubbish(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         read_manifest(tmp_path / "nowhere")
@@ -96,11 +86,22 @@ def test_source_checkpoint_is_told_from_rubbish(tmp_path):
         read_manifest(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "upgrade covo-npu"), (0, "convert the source again")])
+@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade covo-npu"), (0, "convert the source again")])
 def test_other_versions_say_what_to_do(folder, version, advice):
     rewrite_manifest(folder, lambda data: data.update(layout_version=version))
-    with pytest.raises(CheckpointError, match=rf"layout version {version}, this program reads 1: {advice}"):
+    with pytest.raises(CheckpointError, match=rf"layout version {version}, this program reads 1 and 2: {advice}"):
         read_manifest(folder)
+
+
+def test_layout_1_still_loads_and_answers_alike(convert_tiny, tmp_path):
+    new, old = convert_tiny("float32"), shutil.copytree(convert_tiny("float32"), tmp_path / "old")
+    rewrite_in_layout_1(old)
+    assert read_manifest(old).layout_version == 1
+    models = [CovoAudio.load(folder, device="cpu", dtype="float32", speech=False) for folder in (new, old)]
+    assert models[0].weights.tensors.keys() == models[1].weights.tensors.keys()
+    sound = torch.rand(24_000, generator=torch.Generator().manual_seed(0)) - 0.5
+    replies = [Session(model, mode="a2t", max_new_tokens=5).say(sound, 24_000) for model in models]
+    assert replies[0].tokens == replies[1].tokens and len(replies[1].tokens) == 5
 
 
 def _tensor(data, index, value, name="llm.norm.weight"):
@@ -220,7 +221,7 @@ def test_header_and_manifest_that_lie_together_are_refused(folder, shift, messag
 
     def change(manifest):
         manifest["tensors"][LLM]["llm.norm.weight"][2] += shift
-        manifest["files"][LLM]["xxh3_128"] = checkpoint.block_digests(path)
+        manifest["files"][LLM]["xxh3_128"] = block_digests(path)
 
     rewrite_manifest(folder, change)
     with pytest.raises(CheckpointError, match=message):
@@ -266,3 +267,14 @@ def test_many_problems_are_counted(folder):
     with pytest.raises(CheckpointError, match="and 15 more") as caught:
         read_manifest(folder)
     assert str(caught.value).count("not in the header") == 10
+
+
+def test_a_checkpoint_is_told_from_other_folders_whatever_its_version_and_state(folder, tmp_path):
+    assert checkpoint.is_checkpoint(folder)
+    rewrite_manifest(folder, lambda data: data.update(layout_version=99))
+    text = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(text[: len(text) // 2])  # damaged, but ours
+    assert checkpoint.is_checkpoint(folder)
+    (folder / "manifest.json").write_text('{"format": "covo-npu", "name": "a web app"}')
+    assert not checkpoint.is_checkpoint(folder)
+    assert not checkpoint.is_checkpoint(tmp_path / "absent")

@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from covo_npu.runtime import cli
+from covo_npu.runtime import CovoAudio, audio
+from covo_npu.runtime.cli import run as cli
+from covo_npu.runtime.options import SpeechBlocks
 
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
 ENGLISH, CHINESE = AUDIO / "question_en_48k_24bit.wav", AUDIO / "question_zh_44k_stereo.wav"
 COVO_RUN = Path(sys.executable).with_name("covo-run")
 ROUND_KEYS = {
     "input", "prompt_tokens", "placeholders", "tokens", "text", "audio_codes", "stop_reason", "wav", "samples",
-    "timing",
+    "timing", "warnings",
 }  # fmt: skip
-TIMING_KEYS = {"encode_s", "ttft_s", "decode_s", "tokens_per_s", "token2wav_s", "rtf"}
+TIMING_KEYS = {"encode_s", "ttft_s", "ttfa_s", "decode_s", "tokens_per_s", "token2wav_s", "rtf"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_dialogue_is_upstreams_token_for_token_without_heavy_imports(covo_run,
     blocked = (
         "import sys\n"
         "for name in ('transformers', 'librosa', 'torchdiffeq', 'scipy', 'numba', 'einops'): sys.modules[name] = None\n"
-        "from covo_npu.runtime.cli import main\nsys.exit(main())"
+        "from covo_npu.runtime.cli.run import main\nsys.exit(main())"
     )
     done = covo_run(
         "--max-new-tokens", "48", "--json", "out/run.json", ENGLISH, CHINESE, program=(sys.executable, "-c", blocked)
@@ -81,9 +83,12 @@ def test_a_dialogue_is_upstreams_token_for_token_without_heavy_imports(covo_run,
     assert done.returncode == 0 and messages(done) == []
     report = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
 
-    assert set(report) == {"version", "device", "dtype", "backend", "load", "rounds", "errors"}
-    assert (report["device"], report["dtype"], report["errors"]) == ("cpu", "float32", [])
-    assert set(report["load"]) == {"process_to_ready_s", "load_s", "bytes"}
+    assert set(report) == {
+        "command", "version", "device", "dtype", "weights", "token2wav_dtype", "backend", "load", "rounds", "errors",
+    }  # fmt: skip
+    assert report["command"] == "covo-run"
+    assert (report["device"], report["dtype"], report["weights"], report["errors"]) == ("cpu", "float32", "float32", [])
+    assert set(report["load"]) == {"process_to_ready_s", "load_s", "bytes", "placed"}
     assert report["load"]["process_to_ready_s"] > report["load"]["load_s"] > 0 and report["load"]["bytes"] > 1e6
     assert len(report["rounds"]) == 2
     for i, (one, question) in enumerate(zip(report["rounds"], (ENGLISH, CHINESE))):
@@ -98,8 +103,57 @@ def test_a_dialogue_is_upstreams_token_for_token_without_heavy_imports(covo_run,
         assert one["wav"] in done.stdout
         assert all(value > 0 for value in one["timing"].values())
     assert re.search(
-        r"covo-run [\d.]+: cpu, backend native \(.*\), float32; ready in [\d.]+ s \([\d.]+ GB", done.stdout
+        r"covo-run [\d.]+: cpu, backend cpu \(.*\), float32, flow matching \w+; ready in [\d.]+ s \([\d.]+ GB",
+        done.stdout,
     )
+
+
+def test_speech_while_it_is_generated(covo_run_here, ckpt, tmp_path):
+    """The growing file and stdout hold what the API gives for the same codes and blocks; whole speech is another."""
+    cut = ("--sizes", "8,4", "--look-ahead", "2", "--past-s", "1.5", "--prompt-s", "all", "--max-new-tokens", "60")
+    done = covo_run_here("--stream", *cut, "--json", "run.json", ENGLISH)
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads((tmp_path / "run.json").read_text("utf-8"))["rounds"]
+    assert one["timing"]["ttfa_s"] > one["timing"]["ttft_s"] and "first sound" in done.stdout
+    wav, rate = soundfile.read(tmp_path / one["wav"], dtype="int16")
+    blocks = SpeechBlocks((8, 4), look_ahead=2, past_s=1.5)
+    model = CovoAudio.load(ckpt, device="cpu")
+    expected = audio.to_pcm16(model.token2wav(one["audio_codes"], blocks=blocks))
+    assert rate == 24_000 and wav.tobytes() == expected and len(wav) == one["samples"] > 0
+    assert audio.to_pcm16(model.token2wav(one["audio_codes"])) != expected
+
+
+def test_raw_samples_on_stdout(ckpt, tmp_path):
+    def run(*arguments):
+        command = [COVO_RUN, "--ckpt", ckpt, "--device", "cpu", "--max-new-tokens", "60", *arguments, ENGLISH]
+        return subprocess.run(command, capture_output=True, timeout=240, cwd=tmp_path)
+
+    streamed, whole = run("--output", "-", "--json", "run.json"), run("--output", "-", "--no-stream")
+    assert streamed.returncode == whole.returncode == 0 and b"ready in" in streamed.stderr
+    (one,) = json.loads((tmp_path / "run.json").read_text("utf-8"))["rounds"]
+    model = CovoAudio.load(ckpt, device="cpu")
+    assert streamed.stdout == audio.to_pcm16(model.token2wav(one["audio_codes"], blocks=SpeechBlocks())) != b""
+    assert whole.stdout == audio.to_pcm16(model.token2wav(one["audio_codes"]))
+    assert one["wav"] is None and not (tmp_path / "replies").exists() and not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "-", "--json", "-"), "writes samples to stdout"),
+        (("--output", "-", "--mode", "a2t"), "writes samples to stdout"),
+        (("--output", "-", "--batch", "x"), "leave out"),
+        (("--stream", "--batch", "x"), "leave out"),
+        (("--sizes", "15,x"), "numbers of codes"),
+        (("--sizes", "15,0"), "--sizes must be at least 1"),
+        (("--sizes", "3"), "--look-ahead must be at least 0 and below"),
+        (("--past-s", "long"), "expected seconds or all"),
+        (("--prompt-s", "nan"), "--prompt-s must be at least 0"),
+    ],
+)
+def test_what_cannot_be_streamed_is_a_usage_error(covo_run_here, arguments, message):
+    done = covo_run_here(*arguments)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_json_on_stdout_is_all_there_is_on_stdout(covo_run, tmp_path):
@@ -157,7 +211,7 @@ def test_system_text_and_voice_can_be_replaced(covo_run_here, tmp_path):
     done = covo_run_here("--voice", voice, ENGLISH)
     (line,) = messages(done)
     assert (
-        done.returncode == 1 and "prompt_token.npy: expected integers" in line and "speaker_embed.npy: No such" in line
+        done.returncode == 1 and "prompt_token.npy: expected integers" in line and "speaker_embed.npy: missing" in line
     )
 
 
@@ -169,6 +223,26 @@ def test_nothing_to_read_prints_how_the_load_went(covo_run):
     assert done.returncode == 0 and messages(done) == []
     (line,) = done.stdout.splitlines()
     assert "ready in" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "dtypes"),
+    [
+        (["--dtype", "float32"], "float32, flow matching float32"),
+        (["--dtype", "float32", "--token2wav-dtype", "bfloat16"], "float32, flow matching bfloat16"),
+        (["--dtype", "bfloat16"], "bfloat16, flow matching bfloat16"),
+        (["--dtype", "float32", "--mode", "a2t"], "float32"),
+    ],
+)
+def test_flow_matching_follows_a_dtype_that_was_chosen(covo_run_here, options, dtypes):
+    assert f"), {dtypes}; ready in" in covo_run_here(*options).stdout
+
+
+def test_weights_in_8_bits_are_named(covo_run_here, convert_tiny, tmp_path):
+    done = covo_run_here("--mode", "a2t", "--json", "run.json", ENGLISH, ckpt=convert_tiny("int8"))
+    assert "), bfloat16, weights int8; ready in" in done.stdout
+    report = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    assert (report["dtype"], report["weights"], len(report["rounds"][0]["tokens"])) == ("bfloat16", "int8", 12)
 
 
 def bad_inputs(folder):
@@ -276,7 +350,6 @@ def test_signals_end_it_at_once(ckpt, tmp_path, number, code, word):
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--mode", "t2a"], "--mode"),
         (["--dtype", "int8"], "--dtype"),
-        (["--system", "@missing.txt"], "missing.txt: No such file"),
         (["--unknown"], "--unknown"),
     ],
 )

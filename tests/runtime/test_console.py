@@ -10,7 +10,7 @@ PROGRAM = """
 import sys, time
 import click
 from covo_npu.kernels.errors import CovoError
-from covo_npu.runtime import console
+from covo_npu.runtime.cli import console
 
 @click.command()
 @click.argument("case", type=click.Choice(["ok", "code", "covo", "missing", "memory", "bug", "wait", "flood"]))
@@ -107,7 +107,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
 
 
 def test_progress_is_silent_without_a_terminal():
-    program = "from covo_npu.runtime.console import progress\nwith progress(3, 'B', 'reading') as bar: bar.update(3)"
+    program = "from covo_npu.runtime.cli.console import progress\nwith progress(3, 'B', 'read') as bar: bar.update(3)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 

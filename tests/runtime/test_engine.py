@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from runtime.tape import Tape
+from torch import Tensor
 
-from covo_npu.runtime import CovoAudio, Sampling, batch_cli, cli
+from covo_npu.kernels.errors import CovoError
+from covo_npu.runtime import Ask, CovoAudio, Dialogue, Engine, Sampling, Session
+from covo_npu.runtime import engine as engine_module
+from covo_npu.runtime.cli.batch import Answer, Item, answers
 from covo_npu.runtime.decode import Decoder
-from covo_npu.runtime.engine import Answer, Dialogue, Engine
+from covo_npu.runtime.events import Audio, Codes, Done, Failed, Progress, Reply, Text, Ticket
+from covo_npu.runtime.options import WHOLE, SpeechBlocks
+from covo_npu.runtime.speech import SpeechStream
+from covo_npu.runtime.token2wav import Token2Wav
 
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
 ENGLISH, CHINESE, LONG = (
     AUDIO / f"{name}.wav" for name in ("question_en_48k_24bit", "question_zh_44k_stereo", "long_16k_over30s")
 )
 DIALOGUES = (
-    Dialogue("one", (ENGLISH,)),
-    Dialogue("two", (CHINESE, ENGLISH)),
-    Dialogue("three", (LONG,)),
-    Dialogue("four", (ENGLISH, CHINESE, CHINESE)),
-    Dialogue("five", (CHINESE,)),
+    Item("one", (ENGLISH,)),
+    Item("two", (CHINESE, ENGLISH)),
+    Item("three", (LONG,)),
+    Item("four", (ENGLISH, CHINESE, CHINESE)),
+    Item("five", (CHINESE,)),
 )
 GREEDY, WARM = Sampling(), Sampling(temperature=0.9, top_k=50, top_p=0.95)
 
@@ -41,13 +50,13 @@ def alone(model: CovoAudio) -> dict[Sampling, dict[str, list[list[int]]]]:
     for sampling in (GREEDY, WARM):
         found[sampling] = {}
         for dialogue in DIALOGUES:
-            chat = model.session("a2t", sampling, 24, seed=4)
-            found[sampling][dialogue.name] = [chat.say(question).tokens for question in dialogue.questions]
+            chat = Session(model, mode="a2t", sampling=sampling, max_new_tokens=24, seed=4)
+            found[sampling][dialogue.id] = [chat.say(question).tokens for question in dialogue.questions]
     return found
 
 
 def tokens(found: Iterator[Answer]) -> dict[str, list[list[int]]]:
-    return {answer.dialogue.name: [reply.tokens for reply in answer.replies] for answer in found}
+    return {answer.item.id: [reply.tokens for reply in answer.replies] for answer in found}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +71,9 @@ def test_a_batch_equals_one_at_a_time(
     model: CovoAudio, alone, monkeypatch: pytest.MonkeyPatch, max_batch: int, sampling: Sampling, form: str
 ) -> None:
     monkeypatch.setattr(model, "capture", Tape() if form == "captured" else None)
-    engine = Engine(model, max_batch, "a2t", sampling, 24, seed=4)
+    engine, ask = Engine(model, max_batch), Ask("a2t", sampling, 24, seed=4)
     engine._decoder.runs_ahead = engine._decoder.runs_ahead or form == "ahead"
-    assert tokens(engine.answer(DIALOGUES)) == alone[sampling]
+    assert tokens(answers(engine, DIALOGUES, ask)) == alone[sampling]
     assert engine.load.step_tokens == sum(len(t) - 1 for rounds in alone[sampling].values() for t in rounds)
     if max_batch > 1:
         assert engine.load.step_tokens / engine.load.steps > 1.3
@@ -76,24 +85,25 @@ def test_replies_of_different_lengths_leave_and_join_at_any_time(
     """The stop token is one that occurs early in some replies, so slots are left in the middle and are moved into."""
     whole = [t for rounds in alone[GREEDY].values() for t in rounds]
     stop = next(i for i in whole[1] if i not in whole[0])
-    monkeypatch.setitem(model.manifest.special_tokens, "endoftext", stop)
+    monkeypatch.setitem(model.tokenizer.special, "endoftext", stop)
     moved: list[tuple[int, int]] = []
     move = Decoder.move
     monkeypatch.setattr(Decoder, "move", lambda self, a, b: moved.append((a, b)) or move(self, a, b))
     expected = {}
     for dialogue in DIALOGUES:
-        chat = model.session("a2t", GREEDY, 24)
-        expected[dialogue.name] = [chat.say(question).tokens for question in dialogue.questions]
+        chat = Session(model, mode="a2t", max_new_tokens=24)
+        expected[dialogue.id] = [chat.say(question).tokens for question in dialogue.questions]
     lengths = {len(t) for rounds in expected.values() for t in rounds}
     assert len(lengths) > 1
-    assert tokens(Engine(model, 3, "a2t", GREEDY, 24).answer(DIALOGUES)) == expected
+    assert tokens(answers(Engine(model, 3), DIALOGUES, Ask("a2t", max_new_tokens=24))) == expected
     assert moved and all(source > target for source, target in moved)
 
 
 def test_a_fault_ends_its_own_dialogue_only(model: CovoAudio, alone, tmp_path: Path) -> None:
-    faulty = Dialogue("faulty", (ENGLISH, tmp_path / "none.wav", ENGLISH))
+    faulty = Item("faulty", (ENGLISH, tmp_path / "none.wav", ENGLISH))
     found = {
-        answer.dialogue.name: answer for answer in Engine(model, 2, "a2t", GREEDY, 24).answer((faulty, *DIALOGUES))
+        answer.item.id: answer
+        for answer in answers(Engine(model, 2), (faulty, *DIALOGUES), Ask("a2t", max_new_tokens=24))
     }
     assert "none.wav" in str(found["faulty"].error)
     assert [reply.tokens for reply in found["faulty"].replies] == alone[GREEDY]["one"]
@@ -106,143 +116,482 @@ def test_a_fault_ends_its_own_dialogue_only(model: CovoAudio, alone, tmp_path: P
 def test_dialogues_are_taken_when_a_slot_is_free(model: CovoAudio) -> None:
     taken: list[str] = []
 
-    def watched() -> Iterator[Dialogue]:
+    def watched() -> Iterator[Item]:
         for dialogue in DIALOGUES:
-            taken.append(dialogue.name)
+            taken.append(dialogue.id)
             yield dialogue
 
-    found = Engine(model, 2, "a2t", GREEDY, 3).answer(watched())
-    assert next(found).dialogue.name in ("one", "two")
+    found = answers(Engine(model, 2), watched(), Ask("a2t", max_new_tokens=3))
+    assert next(found).item.id in ("one", "two")
     assert taken == ["one", "two"]
-    assert {answer.dialogue.name for answer in found} | {"one", "two"} == {d.name for d in DIALOGUES}
+    assert {answer.item.id for answer in found} | {"one", "two"} == {d.id for d in DIALOGUES}
 
 
-# --- the file of dialogues and its results
+# --- tickets and events
 
 
-@pytest.fixture
-def batch(tmp_path: Path) -> Path:
-    for source in (ENGLISH, CHINESE):
-        shutil.copy(source, tmp_path)
-    entries = [
-        {"id": "one", "audio": ENGLISH.name},
-        {"id": "a/../b", "audio": [CHINESE.name, ENGLISH.name]},
-        {"id": "three", "audio": CHINESE.name},
-        {"id": "gone", "audio": "gone.wav"},
-    ]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("\n\n".join(json.dumps(entry) for entry in entries) + "\n")
-    return path
+def finished(engine: Engine, *tickets: Ticket) -> dict[Ticket, Reply]:
+    """Step until the tickets are done; nothing of any other ticket may happen."""
+    replies: dict[Ticket, Reply] = {}
+    while len(replies) < len(tickets):
+        for event in engine.step():
+            assert event.ticket in tickets and event.ticket not in replies
+            if isinstance(event, Done):
+                replies[event.ticket] = event.reply
+    return replies
 
 
-def lines(folder: Path) -> dict[str, dict]:
-    found = [json.loads(line) for line in (folder / batch_cli.RESULTS).read_text("utf-8").splitlines()]
-    assert len({line["id"] for line in found}) == len(found), "a dialogue was answered twice"
-    return {line["id"]: line for line in found}
+@pytest.fixture(scope="module")
+def english(model: CovoAudio) -> Tensor:
+    return model.waveform(ENGLISH)
 
 
-def compared(found: dict[str, dict]) -> dict[str, object]:
-    return {name: ([r["tokens"] for r in line["rounds"]], line.get("error")) for name, line in found.items()}
+@pytest.fixture(scope="module")
+def chinese(model: CovoAudio) -> Tensor:
+    return model.waveform(CHINESE)
 
 
-def run(model: CovoAudio, batch: Path, folder: Path, on_answer: Callable[[Answer], None] = lambda answer: None):
-    return batch_cli.run(Engine(model, 2, "a2t", GREEDY, 6), batch, folder, on_answer)
+def test_events_are_the_reply_in_pieces(model: CovoAudio) -> None:
+    chat = Session(model, max_new_tokens=40, blocks=WHOLE)
+    *events, done = chat.stream(ENGLISH)
+    assert isinstance(done, Done)
+    reply = done.reply
+    assert "".join(event.text for event in events if isinstance(event, Text)) == reply.text
+    assert [code for event in events if isinstance(event, Codes) for code in event.codes] == reply.audio_codes
+    samples = np.concatenate([event.samples for event in events if isinstance(event, Audio)])
+    assert reply.audio_codes and np.array_equal(samples, reply.waveform) and reply.waveform.size
+    kinds = [type(event) for event in events]
+    assert kinds.index(Progress) > max(kinds.index(Text), kinds.index(Codes))
+    assert len({event.ticket for event in events}) == 1
 
 
-def test_results_of_a_file(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
-    totals = run(model, batch, tmp_path / "out")
-    found = lines(tmp_path / "out")
-    assert found["one"]["rounds"][0]["tokens"] == model.session("a2t", GREEDY, 6).say(ENGLISH).tokens
-    assert [len(found[name]["rounds"]) for name in ("one", "a/../b", "three", "gone")] == [1, 2, 1, 0]
-    assert "gone.wav" in found["gone"]["error"]
-    assert (totals.dialogues, totals.failed, totals.skipped, totals.rounds) == (4, 1, 0, 4)
-    assert totals.tokens == sum(len(r["tokens"]) for line in found.values() for r in line["rounds"])
-    assert totals.tokens_per_s == totals.tokens / totals.seconds
+BLOCKS = SpeechBlocks((6, 4), look_ahead=1)
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_an_interrupted_run_goes_on_with_what_is_missing(
-    model: CovoAudio, batch: Path, tmp_path: Path, after: int
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_speech_comes_while_the_reply_is_generated(
+    model: CovoAudio, english: Tensor, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(model, batch, tmp_path / "whole")
-    count = 0
+    """The same tokens as without; samples are those of these blocks, and the first are told before the last code."""
+    ask = Ask(sampling=sampling, max_new_tokens=120, seed=8)
+    whole = Session(model, ask).say(ENGLISH)
+    work, spoken = SpeechStream.work, threading.Event()
 
-    def interrupt(answer: Answer) -> None:
-        nonlocal count
-        count += 1
-        if count == after:
-            raise KeyboardInterrupt
+    def watched(self: SpeechStream) -> Iterator[Tensor]:
+        yield from work(self)
+        spoken.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        run(model, batch, tmp_path / "out", interrupt)
-    before = lines(tmp_path / "out")
-    assert len(before) == after
-    with (tmp_path / "out" / batch_cli.RESULTS).open("ab") as file:
-        file.write(b'{"id": "thr')  # cut off while writing
-    assert run(model, batch, tmp_path / "out").skipped == after
-    found = lines(tmp_path / "out")
-    assert compared(found) == compared(lines(tmp_path / "whole"))
-    assert {name: found[name] for name in before} == before
-    assert run(model, batch, tmp_path / "out").dialogues == 0
+    with monkeypatch.context() as once:
+        once.setattr(SpeechStream, "work", watched)
+        engine, events = Engine(model), []
+        ticket = engine.submit(Dialogue(), english, replace(ask, blocks=BLOCKS))
+        while sum(len(event.codes) for event in events if isinstance(event, Codes)) < 6:
+            events += engine.step()
+        assert spoken.wait(60)
+        while not any(isinstance(event, Done) for event in events):
+            events += engine.step()
+    *events, done = events
+    assert done.reply.tokens == whole.tokens and len(whole.audio_codes) >= 8
+    kinds = [type(event) for event in events]
+    assert kinds.index(Audio) < len(kinds) - 1 - kinds[::-1].index(Codes)
+    samples = np.concatenate([event.samples for event in events if isinstance(event, Audio)])
+    assert np.array_equal(samples, done.reply.waveform) and {event.ticket for event in events} == {ticket}
+    assert np.array_equal(samples, model.token2wav(whole.audio_codes, seed=8, blocks=BLOCKS))
+    assert np.array_equal(whole.waveform, model.token2wav(whole.audio_codes, seed=8))
+    assert samples.shape == whole.waveform.shape and not np.array_equal(samples, whole.waveform)
+    early, late = done.reply.timing, whole.timing
+    assert early.ttft_s < early.ttfa_s < early.ttft_s + early.decode_s
+    assert late.ttfa_s > late.ttft_s + late.decode_s and late.token2wav_s > 0
+    assert Session(model, ask, mode="a2t").say(ENGLISH).timing.ttfa_s == 0
 
 
-def test_speech_is_written_under_names_of_any_id(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
-    batch.write_text(json.dumps({"id": "../a b", "audio": ENGLISH.name}) + "\n")
-    folder = tmp_path / "out"
-    batch_cli.run(Engine(model, 2, "a2ta", GREEDY, 12), batch, folder, lambda answer: None)
-    [line] = lines(folder).values()
-    speaks = bool(line["rounds"][0]["audio_codes"])
-    assert speaks == (line["rounds"][0]["wav"] is not None) == ((folder / "..%2Fa%20b-01.wav").exists())
+def test_decoding_does_not_wait_for_speech(model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first block of one reply is held, all tokens of both replies come."""
+    go_on = held_speech(monkeypatch)
+    engine, asks = Engine(model, 2), [Ask(max_new_tokens=60, blocks=BLOCKS), Ask("a2t", max_new_tokens=60)]
+    spoken, written = (engine.submit(Dialogue(), english, ask) for ask in asks)
+    events = []
+    while not engine.speaking or not any(isinstance(event, Done) for event in events):
+        events += engine.step()
+    assert [event.ticket for event in events if isinstance(event, Done)] == [written]
+    assert {event.ticket for event in events if isinstance(event, Codes | Text)} == {spoken, written}
+    assert not any(isinstance(event, Audio) for event in events) and any(
+        isinstance(event, Progress) for event in events
+    )
+    go_on.set()
+    finished(engine, spoken)
+
+
+def test_a_fault_of_speech_ends_a_reply_that_is_being_decoded(
+    model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ask = Engine(model, 2), Ask("a2t", max_new_tokens=60)
+    expected = Session(model, ask).say(ENGLISH).tokens
+    with monkeypatch.context() as once:
+        once.setattr(CovoAudio, "speech_stream", raising(CovoError("no voice")))
+        dialogue = Dialogue()
+        broken = engine.submit(dialogue, english, Ask(max_new_tokens=2000, blocks=BLOCKS))
+        written = engine.submit(Dialogue(), english, ask)
+        events: list[Any] = []
+        while not any(isinstance(event, Done) for event in events):
+            events += engine.step()
+    assert [(e.ticket, str(e.error)) for e in events if isinstance(e, Failed)] == [(broken, "no voice")]
+    assert [(e.ticket, e.reply.tokens) for e in events if isinstance(e, Done)] == [(written, expected)]
+    assert (dialogue.rounds, dialogue.length, dialogue.ticket) == (0, 0, None)
+    again = finished(engine, engine.submit(dialogue, english, ask))
+    assert [reply.tokens for reply in again.values()] == [expected]
+
+
+@pytest.mark.parametrize("leave", [Engine.cancel, Engine.interrupt])
+def test_who_leaves_while_others_are_decoded_gives_its_slot_to_the_last(
+    model: CovoAudio, english: Tensor, leave: Callable[[Engine, Ticket], object]
+) -> None:
+    """From outside of a step, with sampling whose tensors were made inside one."""
+    engine, ask = Engine(model, 3), Ask("a2t", WARM, 60, seed=4)
+    expected = Session(model, ask).say(ENGLISH).tokens
+    first, *others = (engine.submit(Dialogue(), english, ask) for _ in range(3))
+    events: list[Any] = []
+    while len(engine._decoding) < 3:
+        events += engine.step()
+    assert not any(isinstance(event, Done) for event in events)
+    leave(engine, first)
+    found = finished(engine, *others)
+    assert [reply.tokens for reply in found.values()] == [expected] * 2
+    assert engine.free_slots == 3
+
+
+def test_who_stops_listening_to_speech_leaves_nothing(model: CovoAudio) -> None:
+    chat = Session(model, max_new_tokens=60, blocks=BLOCKS)
+    expected = Session(model, max_new_tokens=60, blocks=BLOCKS).say(ENGLISH)
+    for event in chat.stream(ENGLISH):
+        if isinstance(event, Audio):
+            break
+    assert chat.engine.free_slots == 1 and not chat.engine.speaking and chat.dialogue.rounds == 0
+    speaker = chat.engine._speaker
+    if thread := speaker._thread:
+        thread.join(60)
+    assert not speaker._speeches and speaker._thread is None
+    again = chat.say(ENGLISH)
+    assert again.tokens == expected.tokens and np.array_equal(again.waveform, expected.waveform)
+
+
+def test_questions_with_settings_of_their_own_run_side_by_side(model: CovoAudio, english: Tensor) -> None:
+    asks = [
+        Ask("a2t", GREEDY, 20),
+        Ask("a2t", WARM, 12, seed=3),
+        Ask("a2ta", Sampling(0.7, 0, 0.5, window=3), 16, seed=5),
+        Ask("a2t", Sampling(repetition_penalty=1.4), 9, system="Answer in one word."),
+    ]
+    expected = [Session(model, ask).say(ENGLISH) for ask in asks]
+    engine = Engine(model, len(asks))
+    tickets = [engine.submit(Dialogue(), english, ask) for ask in asks]
+    replies = finished(engine, *tickets)
+    for ticket, alone in zip(tickets, expected, strict=True):
+        assert replies[ticket].tokens == alone.tokens
+        assert np.array_equal(replies[ticket].waveform, alone.waveform)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_dialogues_between_two_questions_are_parked_and_go_on(
+    model: CovoAudio, english: Tensor, chinese: Tensor, num_slots: int
+) -> None:
+    """Four dialogues of two rounds in fewer slots: each second round finds the rows of the first."""
+    ask, pairs = Ask("a2t", max_new_tokens=24), [(english, chinese), (chinese, english)]
+    chats = [Session(model, ask), Session(model, ask)]
+    told = [
+        [chat.say(path).tokens for path in paths]
+        for chat, paths in zip(chats, [(ENGLISH, CHINESE), (CHINESE, ENGLISH)])
+    ]
+    engine, dialogues, found = Engine(model, num_slots), [Dialogue() for _ in range(4)], []
+    for turn in (0, 1):
+        tickets = [engine.submit(d, pairs[i % 2][turn], ask) for i, d in enumerate(dialogues)]
+        replies = finished(engine, *tickets)
+        found.append([replies[ticket].tokens for ticket in tickets])
+    for i, dialogue in enumerate(dialogues):
+        assert [turn[i] for turn in found] == told[i % 2]
+        assert dialogue.rounds == 2
+    parked = [dialogue for dialogue in dialogues if dialogue.rows]
+    assert len(parked) >= 4 - num_slots and all(dialogue.rows.bytes for dialogue in parked)
+    for dialogue in dialogues:
+        engine.forget(dialogue)
+    assert not engine._residents and not any(dialogue.rows for dialogue in dialogues)
+
+
+def held_speech(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let flow matching wait after each evaluation. Returns what it waits for."""
+    solve, go_on = Token2Wav.solve, threading.Event()
+
+    def held(self: Token2Wav, *args: Any) -> Iterator[Tensor]:
+        for latents in solve(self, *args):
+            yield latents
+            assert go_on.wait(60)
+
+    monkeypatch.setattr(Token2Wav, "solve", held)
+    return go_on
+
+
+STAGES = ("waiting", "heard", "filled", "decoded", "spoken")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_cancelled_question_leaves_no_trace(
+    model: CovoAudio, english: Tensor, chinese: Tensor, num_slots: int, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
+    cancelled = held_speech(monkeypatch)
+    first, second = Ask("a2t", max_new_tokens=12), Ask("a2ta", max_new_tokens=40)
+    expected = Session(model, first)
+    undisturbed = [expected.say(ENGLISH).tokens, expected.say(CHINESE).tokens]
+    engine, dialogue, other = Engine(model, num_slots), Dialogue(), Dialogue()
+    [reply] = finished(engine, engine.submit(dialogue, english, first)).values()
+    if stage == "waiting":
+        for _ in range(num_slots):
+            engine.submit(Dialogue(), english, Ask("a2t", max_new_tokens=300))
+    ticket = engine.submit(dialogue, chinese, second)
+    neighbour = None if stage == "waiting" else engine.submit(other, english, first)
+    reached = {
+        "waiting": lambda events: True,
+        "heard": lambda events: engine._preparing and not engine._preparing.unheard,
+        "filled": lambda events: engine._preparing and engine._preparing.filled > dialogue.length,
+        "decoded": lambda events: any(isinstance(e, Codes | Text) and e.ticket == ticket for e in events),
+        "spoken": lambda events: any(isinstance(e, Progress) for e in events),
+    }[stage]
+    before = []
+    while not reached(events := engine.step()):
+        before += events
+    replies = {e.ticket: e.reply for e in before + events if isinstance(e, Done)}
+    engine.cancel(ticket)
+    engine.cancel(ticket)
+    cancelled.set()
+    assert (dialogue.rounds, dialogue.ticket) == (1, None)
+    if neighbour and neighbour not in replies:
+        replies |= finished(engine, neighbour)
+    if neighbour:
+        assert replies[neighbour].tokens == undisturbed[0]
+    if stage != "waiting":
+        again = finished(engine, engine.submit(dialogue, chinese, first))
+        assert [reply.tokens for reply in again.values()] == undisturbed[1:]
+        assert reply.tokens == undisturbed[0] and dialogue.rounds == 2
+        assert engine.free_slots == num_slots and not engine.speaking
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "begun"])
+def test_an_interrupted_reply_is_remembered_as_far_as_it_had_come(
+    model: CovoAudio, english: Tensor, chinese: Tensor, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
+    engine, dialogue, ask = Engine(model, 2), Dialogue(), Ask("a2ta", WARM, 40, seed=1)
+    if stage == "waiting":
+        engine.submit(Dialogue(), english, Ask("a2t", max_new_tokens=300))
+    ticket = engine.submit(dialogue, english, ask)
+    told: list[Any] = []
+    codes = lambda: sum(len(event.codes) for event in told if isinstance(event, Codes))  # noqa: E731
+    reached = {
+        "waiting": lambda: True,
+        "heard": lambda: engine._preparing and not engine._preparing.unheard,
+        "filled": lambda: engine._preparing and engine._preparing.filled > 20,
+        "begun": lambda: bool(told),
+        "decoded": lambda: codes() > 1,
+        "spoken": lambda: any(isinstance(event, Progress) for event in told),
+    }[stage]
+    while not reached():
+        told += [event for event in engine.step() if event.ticket == ticket]
+        assert not any(isinstance(event, Done) for event in told)
+    begun = stage in ("begun", "decoded", "spoken")
+    assert engine.interrupt(ticket) == begun and not engine.interrupt(ticket)
+    engine.cancel(ticket)  # who leaves afterwards does no harm
+    assert (dialogue.rounds, dialogue.ticket, ticket in engine.waiting) == (int(begun), None, False)
+    # Cut off after n ids is what a reply of n ids at most leaves behind.
+    alone = Session(model, replace(ask, mode="a2t", max_new_tokens=len(dialogue.mark.reply) + 1))
+    if begun:
+        assert tuple(alone.say(ENGLISH).tokens[:-1]) == dialogue.mark.reply
+        assert dialogue.mark == alone.dialogue.mark
+    expected = alone.say(CHINESE).tokens
+    second = engine.submit(dialogue, chinese, replace(ask, mode="a2t", max_new_tokens=len(expected)))
+    told = []
+    while not any(isinstance(event, Done) and event.ticket == second for event in told):
+        told += engine.step()
+    assert not any(event.ticket == ticket for event in told)
+    assert [event.reply.tokens for event in told if isinstance(event, Done) and event.ticket == second] == [expected]
+    assert stage == "waiting" or engine.free_slots == 2
+
+
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 2, 100])
+def test_a_truncated_reply_is_one_that_ended_there(
+    model: CovoAudio, english: Tensor, chinese: Tensor, kept: int, parked: bool
+) -> None:
+    ask = Ask("a2t", max_new_tokens=60)
+    engine, dialogue = Engine(model, 1), Dialogue()
+    [reply] = finished(engine, engine.submit(dialogue, english, ask)).values()
+    if parked:
+        finished(engine, engine.submit(Dialogue(), chinese, Ask("a2t", max_new_tokens=2)))
+        assert dialogue.rows
+    ids = reply.tokens[:-1]
+    codes = [n for n, token in enumerate(ids, 1) if token >= model.config.audio_token_index]
+    assert len(codes) > 3 and codes[0] > 1, "text first, codes between text"
+    length = len(ids) if kept > len(codes) else codes[kept - 1] if kept else 0
+    engine.truncate(dialogue, kept)
+    assert dialogue.mark.reply == tuple(ids[:length])
+    alone = Session(model, replace(ask, max_new_tokens=length + 1))
+    alone.say(ENGLISH)
+    assert alone.dialogue.mark == dialogue.mark
+    alone.ask = ask
+    [second] = finished(engine, engine.submit(dialogue, chinese, ask)).values()
+    assert second.tokens == alone.say(CHINESE).tokens
+    ticket = engine.submit(dialogue, chinese, ask)
+    with pytest.raises(CovoError, match="a question under way"):
+        engine.truncate(dialogue, 0)
+    engine.cancel(ticket)
+
+
+@pytest.mark.parametrize("place", ["slot", "parked", "preparing", "decoding"])
+def test_a_fork_goes_on_from_an_earlier_round(
+    model: CovoAudio, english: Tensor, chinese: Tensor, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
+    ask = Ask("a2t", WARM, 12)
+    alone = Session(model, ask)
+    first, second, third = (alone.say(path).tokens for path in (ENGLISH, CHINESE, ENGLISH))
+    engine, dialogue = Engine(model, 2), Dialogue()
+    finished(engine, engine.submit(dialogue, english, ask))
+    mark = dialogue.mark
+    assert (mark.rounds, mark.reply) == (1, tuple(first[:-1]))
+    [reply] = finished(engine, engine.submit(dialogue, chinese, ask)).values()
+    assert reply.tokens == second
+    ticket = None
+    if place == "parked":
+        finished(engine, *(engine.submit(Dialogue(), english, ask) for _ in range(3)))
+        assert dialogue.rows
+    elif place != "slot":
+        ticket = engine.submit(dialogue, english, ask)
+        reached = {
+            "preparing": lambda: engine._preparing and engine._preparing.filled > dialogue.length,
+            "decoding": lambda: engine._decoding,
+        }[place]
+        while not reached():
+            engine.step()
+    fork = engine.fork(dialogue, mark)
+    assert fork.rows is not None and fork.rows.bytes == mark.length * engine.row_bytes
+    ticket = ticket or engine.submit(dialogue, english, ask)
+    other = engine.submit(fork, chinese, ask)
+    replies = finished(engine, ticket, other)
+    assert (replies[other].tokens, replies[ticket].tokens) == (second, third)
+    assert (fork.rounds, dialogue.rounds) == (2, 3)
+
+
+class Counted:
+    """Stands where a function does and keeps what it was called with."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, []
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(args)
+        return self.function(*args)
+
+
+def test_no_piece_of_work_holds_the_others_for_longer_than_itself(
+    model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one reply is spoken and a long question is heard and read, every step brings the third its next token."""
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 64)
+    may_speak = held_speech(monkeypatch)
+    engine = Engine(model, 3)
+    spoken = engine.submit(Dialogue(), english, Ask("a2ta", max_new_tokens=40))
+    while not engine.speaking:
+        engine.step()
+    talking = engine.submit(Dialogue(), english, Ask("a2t", max_new_tokens=200))
+    while not engine._decoding:
+        engine.step()
+    engine.submit(Dialogue(), model.waveform(LONG), Ask("a2t", max_new_tokens=200))
+    encode, fill = Counted(model.encode), Counted(engine._decoder.fill)
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(engine._decoder, "fill", fill)
+    step = Counted(engine._decoder.step)
+    monkeypatch.setattr(engine._decoder, "step", step)
+    for steps in range(1, 40):
+        before = len(encode.calls) + len(fill.calls)
+        engine.step()
+        assert len(step.calls) == steps and len(encode.calls) + len(fill.calls) <= before + 1
+        if len(engine._decoding) == 2:
+            break
+    assert len(encode.calls) >= 2 and all(len(waveform) <= 30 * 24_000 for [waveform] in encode.calls)
+    assert len(fill.calls) > 3 and all(len(embeddings) <= 64 for _, embeddings, _ in fill.calls)
+    assert engine.speaking == 1 and talking
+    may_speak.set()
+    while not any(isinstance(event, Done) and event.ticket == spoken for event in engine.step()):
+        pass
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
+
+
+def test_a_fault_in_one_reply_is_its_own(model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ask = Engine(model, 2), Ask("a2t", max_new_tokens=10)
+    expected = Session(model, ask).say(ENGLISH).tokens
+    broken = engine.submit(Dialogue(), english, ask)
+    engine.submit(Dialogue(), english, ask)
+    with monkeypatch.context() as once:
+        once.setattr(engine._decoder, "fill", raising(RuntimeError("out of luck")))
+        while not (events := engine.step()):
+            pass
+    [failed] = events
+    assert isinstance(failed, Failed) and (failed.ticket, str(failed.error)) == (broken, "out of luck")
+    while not any(isinstance(event, Done) for event in events):
+        events += engine.step()
+    assert [event.reply.tokens for event in events if isinstance(event, Done)] == [expected]
+    monkeypatch.setattr(CovoAudio, "speech_stream", raising(CovoError("no voice")))
+    with pytest.raises(CovoError, match="no voice"):
+        Session(model, engine=engine, max_new_tokens=4).say(ENGLISH)
+    assert engine.free_slots == 2 and not engine.speaking
+
+
+def test_four_sessions_in_four_threads(model: CovoAudio) -> None:
+    asks = [Ask("a2ta", GREEDY, 20), Ask("a2t", WARM, 20, seed=2), Ask("a2ta", WARM, 15, seed=9), Ask("a2t", GREEDY, 9)]
+    expected = [Session(model, ask).say(ENGLISH) for ask in asks]
+    shared = Engine(model, 2)
+    for engine in (None, shared):  # each in an engine of its own; all in one
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda ask: Session(model, ask, engine=engine).say(ENGLISH), asks))  # noqa: B023
+        for reply, alone in zip(found, expected, strict=True):
+            assert reply.tokens == alone.tokens and np.array_equal(reply.waveform, alone.waveform)
+
+
+def test_who_stops_listening_cancels(model: CovoAudio) -> None:
+    chat = Session(model, mode="a2t", max_new_tokens=30)
+    expected = Session(model, mode="a2t", max_new_tokens=30).say(ENGLISH).tokens
+    for event in chat.stream(ENGLISH):
+        if isinstance(event, Codes | Text):
+            break
+    assert chat.engine.free_slots == 1 and chat.dialogue.ticket is None
+    assert chat.say(ENGLISH).tokens == expected
+
+
+def test_one_question_of_a_dialogue_at_a_time(model: CovoAudio, english: Tensor) -> None:
+    engine, dialogue, ask = Engine(model, 2), Dialogue(), Ask("a2t", max_new_tokens=4)
+    ticket = engine.submit(dialogue, english, ask)
+    with pytest.raises(CovoError, match="a question under way"):
+        engine.submit(dialogue, english, ask)
+    finished(engine, ticket)
+    finished(engine, engine.submit(dialogue, english, ask))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("fields", "message"),
     [
-        ('{"id": "a", "audio": "x.wav"}\n{"id": "a", "audio": "y.wav"}', "line 2: id 'a' stands there before"),
-        ("{", "line 1: "),
-        ('{"id": "a"}\n[]', 'line 1: expected an object with "id" and "audio"; line 2'),
-        ('{"id": 7, "audio": "x.wav"}', "expected a text as id, found 7"),
-        ('{"id": "a", "audio": []}', "expected a path or a list of paths"),
-        ("x\n" * 12, "and 2 more"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
+        ({"mode": "speech"}, "mode must be one of a2ta, a2t, found 'speech'"),
+        ({"seed": 2**70, "max_new_tokens": -1}, "max_new_tokens must be .*; seed must be a 64-bit integer"),
     ],
 )
-def test_faults_of_the_file_are_told_with_their_lines(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "questions.jsonl"
-    path.write_text(text)
-    with pytest.raises(batch_cli.BatchError) as error:
-        batch_cli.read_dialogues(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
-
-
-def test_results_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / batch_cli.RESULTS
-    path.write_text('{"id": "a"}\nnotes\n')
-    with pytest.raises(batch_cli.BatchError, match="line 2 is not a result"), batch_cli.results_file(tmp_path):
-        pass
-    assert path.read_text() == '{"id": "a"}\nnotes\n'
-
-
-def test_two_processes_do_not_write_the_same_results(tmp_path: Path) -> None:
-    with (tmp_path / batch_cli.RESULTS).open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(batch_cli.BatchError, match="another process"), batch_cli.results_file(tmp_path):
-            pass
-
-
-def test_the_command_line(
-    convert_tiny: Callable[[str], Path], batch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    common = ["--ckpt", str(convert_tiny("float32")), "--device", "cpu", "--mode", "a2t", "--max-new-tokens", "4"]
-    output = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "report.json")]
-    assert cli.main([*common, *output, "--batch", str(batch), "--max-batch", "2"]) == 1  # one file is missing
-    shown = capsys.readouterr()
-    assert "gone" in shown.err and "4 dialogues: " in shown.out
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["totals"]["dialogues"], report["totals"]["failed"], len(report["errors"])) == (4, 1, 1)
-    assert len(lines(tmp_path / "out")) == 4
-    assert cli.main([*common, *output, "--batch", str(batch)]) == 0
-    assert "4 answered before" in capsys.readouterr().out
-    assert cli.main([*common, "--batch", str(batch), str(ENGLISH)]) == 2
-    assert cli.main([*common, "--graph", "on", str(ENGLISH)]) == 1
-    assert "no graphs to capture" in capsys.readouterr().err
+def test_impossible_asks_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ask(**fields)
+    with pytest.raises(ValueError, match="num_slots must be at least 1"):
+        Engine(None, 0)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from made_checkpoint import LLM, large_tensors, small_tensors, write_checkpoint
 
-from covo_npu.runtime import loader
-from covo_npu.runtime.checkpoint import BLOCK_BYTES, CheckpointError, read_manifest
-from covo_npu.runtime.loader import load_tensors
+from covo_npu.runtime.checkpoint import loader
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES, CheckpointError, read_manifest
+from covo_npu.runtime.checkpoint.loader import load_tensors
 
 CPU = torch.device("cpu")
 MODES = ["mmap", "eager", "staged"]
@@ -113,11 +113,33 @@ def test_mapped_damage_is_known_before_wait_returns_and_stays_known(folder, monk
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
     weights = load_tensors(read_manifest(folder), FILES, CPU)
-    weights.raise_if_damaged()  # nothing read yet, nothing known
     gate.set()
-    for ask in (weights.wait, weights.wait, weights.raise_if_damaged):
+    for ask in (weights.wait, weights.wait, lambda: weights.wait(LLM)):
         with pytest.raises(CheckpointError, match=LLM):
             ask()
+
+
+def test_a_file_can_be_waited_for_without_those_behind_it(folder, monkeypatch):
+    """What is damaged or slow in the last file is no concern of who needs the first ones only."""
+    gate, real = threading.Event(), loader._populated
+    monkeypatch.setattr(loader, "MAX_THREADS", 1)
+    monkeypatch.setattr(
+        loader, "_populated", lambda flat, block: (block.file < 2 or gate.wait(10)) and real(flat, block)
+    )
+    first, second, last = FILES
+    with (folder / last).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    weights = load_tensors(read_manifest(folder), FILES, CPU)
+    weights.wait(first, second)
+    assert readers(), "the last file is not read yet"
+    gate.set()
+    with pytest.raises(CheckpointError, match=last):
+        weights.wait(last)
+    with pytest.raises(CheckpointError, match=last):
+        weights.wait()
+    weights.wait(first, second)
+    assert not readers()
 
 
 # --- files that are not what they were
@@ -146,17 +168,16 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def _leave(path: Path) -> None:
-    shutil.move(path, path.parent.parent / path.name)
-    path.symlink_to(path.parent.parent / path.name)
-
-
 def _dangle(path: Path) -> None:
     path.unlink()
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("name", [*FILES, "tokenizer.json", "generation_config.json"])
+def _pointer(path: Path) -> None:
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 123456\n".ljust(131))
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.json"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,13 +187,40 @@ def _dangle(path: Path) -> None:
         (Path.unlink, "missing"),
         (_folder, "not a regular file"),
         (_pipe, "not a regular file"),
-        (_leave, "link that leaves the folder"),
-        (_dangle, "missing"),
+        (_dangle, "missing: the link leads to nowhere, where nothing is"),
+        (_pointer, "found 131; a pointer of git-lfs: git lfs pull fetches the file"),
     ],
 )
 def test_changed_files_are_refused(folder, name, change, message):
     change(folder / name)
     with pytest.raises(CheckpointError, match=f"{name}: .*{message}"):
+        load(folder)
+
+
+def test_a_checkpoint_of_links_as_caches_and_volumes_have_it_loads(folder, tmp_path):
+    """Hugging Face's cache: snapshots/<commit> holds links into blobs. A folder that is a link works, too."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b2c"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for n, path in enumerate(sorted(folder.iterdir())):
+        shutil.move(path, blobs / f"{n:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{n:040x}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for place in (snapshot, tmp_path / "link"):
+        tensors = load(place).tensors
+        for name, expected in small_tensors()[LLM].items():
+            assert torch.equal(tensors[name], expected)
+    with pytest.raises(CheckpointError, match=r"a cache folder; name the checkpoint in it: .*/snapshots/0a1b2c"):
+        read_manifest(tmp_path / "hub")
+    blob = (snapshot / LLM).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=f"{LLM}: damaged"):
+        load(snapshot)
+
+
+def test_a_manifest_that_is_a_git_lfs_pointer_says_so(folder):
+    _pointer(folder / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest\.json: a pointer of git-lfs"):
         load(folder)
 
 
@@ -273,14 +321,13 @@ def test_pinned_memory_that_cannot_be_had(folder, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(CheckpointError, match=r"cannot page-lock; it may help to load without pinned memory$"):
+    with pytest.raises(CheckpointError, match=r"cannot page-lock; staging takes page-locked memory: .*ulimit -l"):
         load(folder, "staged")
     assert not readers()
-    load(folder, "staged", pinned=False)
 
 
 def test_eager_load_that_does_not_fit(folder, monkeypatch):
-    monkeypatch.setattr(loader, "_available_memory", lambda: 1000.0)
+    monkeypatch.setattr(loader, "available_memory_bytes", lambda: 1000.0)
     with pytest.raises(CheckpointError, match=r"an eager load needs .* a mapped load needs none"):
         load(folder, "eager")
 
@@ -312,8 +359,8 @@ def _anonymous() -> int:
 
 LOAD = textwrap.dedent("""
     import sys, torch
-    from covo_npu.runtime.checkpoint import CheckpointError, read_manifest
-    from covo_npu.runtime.loader import load_tensors
+    from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
+    from covo_npu.runtime.checkpoint.loader import load_tensors
     try:
         manifest = read_manifest(sys.argv[1])
         weights = load_tensors(manifest, sys.argv[2:], torch.device("cpu"))

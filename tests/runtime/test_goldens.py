@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from covo_npu.runtime import CovoAudio, Sampling
+from covo_npu.runtime import CovoAudio, Session, prompt
 from covo_npu.runtime.audio import prepare, read_audio
-from covo_npu.runtime.model import Networks
+from covo_npu.runtime.networks.cache import SharedPrefixes
+from covo_npu.runtime.networks.files import Networks
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
@@ -29,7 +30,10 @@ DIALOGUES = (
 
 @pytest.fixture(scope="module")
 def model(convert_tiny: Callable[[str], Path], device: str) -> CovoAudio:
-    return CovoAudio.load(convert_tiny("float32"), device=device, dtype="float32", token2wav_dtype="float32")
+    """Without captured steps, whose values in between cannot be looked at; test_decode.py has the tokens of those."""
+    return CovoAudio.load(
+        convert_tiny("float32"), device=device, dtype="float32", token2wav_dtype="float32", graph="off"
+    )
 
 
 def relative_l2(found: torch.Tensor, expected: np.ndarray) -> float:
@@ -40,14 +44,14 @@ def relative_l2(found: torch.Tensor, expected: np.ndarray) -> float:
 def recorded_logits(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Return a list that fills with the logits [V] of every step that the model takes from now on."""
     steps: list[torch.Tensor] = []
-    head = model.networks.llm._logits
+    head = model.networks.llm.logits
 
     def record(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
         steps.append(logits[0].cpu())
         return logits
 
-    monkeypatch.setattr(model.networks.llm, "_logits", record)
+    monkeypatch.setattr(model.networks.llm, "logits", record)
     return steps
 
 
@@ -55,7 +59,8 @@ def recorded_logits(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> list[t
 def test_encoder_and_adapter(model: CovoAudio, golden: Golden, question: str) -> None:
     expected = golden(f"encoder_{question}")
     seen: list[torch.Tensor] = []
-    handle = model.networks.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    whisper = model.networks.encoder.encoder
+    handle = whisper.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     features = model.encode(prepare(*read_audio(AUDIO / f"{question}.wav")))
     handle.remove()
     states = torch.stack(seen)
@@ -64,13 +69,33 @@ def test_encoder_and_adapter(model: CovoAudio, golden: Golden, question: str) ->
     assert relative_l2(features, expected["adapter"].reshape(features.shape)) <= 1e-5
 
 
+@pytest.fixture(params=["converted", "computed"])
+def system_prompt(request: pytest.FixtureRequest) -> str:
+    """Where its rows come from: the checkpoint, or the first dialogue."""
+    return str(request.param)
+
+
+def forget_converted(model: CovoAudio, system_prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt.shared(model.tokenizer, prompt.DEFAULT_SYSTEM_PROMPT)
+    assert model.prefixes.get(ids) is not None
+    if system_prompt == "computed":
+        monkeypatch.setattr(model, "prefixes", SharedPrefixes())
+
+
 @pytest.mark.parametrize(("name", "mode", "limit"), DIALOGUES)
 def test_dialogue_token_for_token(
-    model: CovoAudio, golden: Golden, monkeypatch: pytest.MonkeyPatch, name: str, mode: str, limit: int
+    model: CovoAudio,
+    golden: Golden,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mode: str,
+    limit: int,
+    system_prompt: str,
 ) -> None:
+    forget_converted(model, system_prompt, monkeypatch)
     expected = golden(name)
     steps = recorded_logits(model, monkeypatch)
-    chat = model.session(mode=mode, sampling=Sampling(temperature=0.0), max_new_tokens=limit)
+    chat = Session(model, mode=mode, max_new_tokens=limit)
     rounds = sum(key.endswith("_tokens") for key in expected)
     for r in range(rounds):
         steps.clear()
@@ -82,13 +107,18 @@ def test_dialogue_token_for_token(
 
 
 def test_bfloat16_logits_have_at_most_twice_upstreams_error(
-    convert_tiny: Callable[[str], Path], golden: Golden, monkeypatch: pytest.MonkeyPatch, device: str
+    convert_tiny: Callable[[str], Path],
+    golden: Golden,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    system_prompt: str,
 ) -> None:
     half, exact = golden("dialogue_bf16_two_rounds_a2ta"), golden("dialogue_fp32_two_rounds_a2ta")
-    model = CovoAudio.load(convert_tiny("bfloat16"), device=device)
+    model = CovoAudio.load(convert_tiny("bfloat16"), device=device, graph="off")
     assert model.dtype == torch.bfloat16
+    forget_converted(model, system_prompt, monkeypatch)
     steps = recorded_logits(model, monkeypatch)
-    model.session(mode="a2ta", max_new_tokens=1).say(AUDIO / str(exact["r0_audio"]))
+    Session(model, mode="a2ta", max_new_tokens=1).say(AUDIO / str(exact["r0_audio"]))
     expected = torch.as_tensor(exact["r0_logits"][0])
     upstreams = (torch.as_tensor(half["r0_logits"][0]) - expected).norm()
     assert 0 < (steps[0] - expected).norm() <= 2 * upstreams
@@ -104,18 +134,21 @@ def test_token2wav(model: CovoAudio, golden: Golden, count: int) -> None:
 
 
 def test_nothing_is_left_on_meta_and_nothing_was_initialised(convert_tiny: Callable[[str], Path]) -> None:
-    """Every tensor of the networks is a tensor of the files: same memory for mapped loads, so nobody filled another."""
+    """Every weight of the networks is a tensor of the files: same memory for mapped loads, so nobody filled another."""
     with pytest.MonkeyPatch.context() as patch:
         for fill in ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "xavier_uniform_"):
             patch.setattr(torch.nn.init, fill, _refuse)
         for fill in ("normal_", "uniform_"):
             patch.setattr(torch.Tensor, fill, _refuse)
-        model = CovoAudio.load(convert_tiny("float32"), device="cpu")
+        model = CovoAudio.load(convert_tiny("float32"), device="cpu", dtype="float32")
+        assert model.speech is model.networks.token2wav
     files = {tensor.data_ptr() for tensor in model.weights.tensors.values() if tensor.numel()}
     networks: Networks = model.networks
-    for name, tensor in networks.state_dict().items():
-        assert tensor.device.type != "meta", name
-        assert tensor.numel() == 0 or tensor.data_ptr() in files, f"{name} is a copy"
+    for network in (networks.llm, networks.encoder, networks.token2wav):
+        for name, tensor in network.state_dict().items():
+            assert tensor.data_ptr() in files, f"{name} is a copy"
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            assert tensor.device.type != "meta", name
 
 
 def _refuse(*args: object, **kwargs: object) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from covo_npu.runtime import CovoAudio
+from covo_npu.runtime import CovoAudio, Session
 from covo_npu.runtime.audio import AudioError
-from covo_npu.runtime.cli import main
-from covo_npu.runtime.session import ContextError
+from covo_npu.runtime.cli.run import main
+from covo_npu.runtime.engine import ContextError
 
 COVO_RUN = Path(sys.executable).with_name("covo-run")
 SIGNAL_AT = Path(__file__).with_name("signal_at.py")
@@ -132,7 +132,7 @@ ODD_AUDIO = {
 @pytest.mark.parametrize("kind", ODD_AUDIO)
 def test_odd_audio_gets_an_answer(model, kind):
     samples, rate = ODD_AUDIO[kind]
-    reply = model.session("a2ta", max_new_tokens=6, system="short").say(samples.astype(np.float32), rate)
+    reply = Session(model, mode="a2ta", max_new_tokens=6, system="short").say(samples.astype(np.float32), rate)
     assert 1 <= len(reply.tokens) <= 6
     assert np.isfinite(reply.waveform).all()
     assert reply.placeholders >= 1
@@ -151,10 +151,10 @@ def test_odd_audio_gets_an_answer(model, kind):
     ],
 )
 def test_unusable_audio_leaves_the_dialogue_as_it_was(model, samples, rate, message):
-    session = model.session("a2t", max_new_tokens=2, system="short")
+    session = Session(model, mode="a2t", max_new_tokens=2, system="short")
     with pytest.raises(AudioError, match=message):
         session.say(samples, rate)
-    assert (session.rounds, session.length) == (0, 0)
+    assert (session.dialogue.rounds, session.dialogue.length) == (0, 0)
 
 
 def test_a_file_that_claims_days_is_refused_by_its_header(ckpt, tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_minutes_of_silence_in_a_small_file(ckpt, tmp_path):
     path = tmp_path / "minutes.flac"
     soundfile.write(path, np.zeros(16000 * 200, np.int16), 16000)
     assert path.stat().st_size < 100_000
-    reply = CovoAudio.load(ckpt, device="cpu").session("a2t", max_new_tokens=2, system="short").say(path)
+    reply = Session(CovoAudio.load(ckpt, device="cpu"), mode="a2t", max_new_tokens=2, system="short").say(path)
     assert reply.placeholders == 1250
 
 
@@ -188,7 +188,7 @@ def test_minutes_of_silence_in_a_small_file(ckpt, tmp_path):
 
 def test_forty_rounds_until_the_context_is_full(model):
     """The rounds before the last get their answers; then one clear message, and the dialogue is as it was."""
-    session = model.session("a2t", max_new_tokens=4, system="short")
+    session = Session(model, mode="a2t", max_new_tokens=4, system="short")
     noise = np.random.Generator(np.random.PCG64(0)).standard_normal(4800).astype(np.float32) / 10
     replies = []
     with pytest.raises(ContextError) as caught:
@@ -197,13 +197,13 @@ def test_forty_rounds_until_the_context_is_full(model):
     assert len(replies) >= 40
     assert all(reply.tokens for reply in replies)
     message = str(caught.value)
-    assert f"the dialogue has {session.length} of 1024" in message
+    assert f"the dialogue has {session.dialogue.length} of 1024" in message
     assert "start a new dialogue" in message and "--max-context" in message
-    assert session.rounds == len(replies)
-    assert 1024 - 60 < session.length <= 1024
+    assert session.dialogue.rounds == len(replies)
+    assert 1024 - 60 < session.dialogue.length <= 1024
     with pytest.raises(ContextError):
         session.say(noise, 16000)
-    assert session.rounds == len(replies)
+    assert session.dialogue.rounds == len(replies)
 
 
 def test_a_context_beyond_all_memory_is_one_message(ckpt, capsys):
@@ -225,7 +225,7 @@ def test_verbose_logs_the_stages_with_times_and_never_the_prompt(ckpt, tmp_path,
     assert "covo_npu" not in capsys.readouterr().err
     assert main([*arguments, "--system", secret, "--verbose", str(QUESTION)]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("covo-run: ") and " s  covo_npu.runtime." in line for line in lines), lines
-    for stage in ("heard in", "first token after", "tokens decoded in", "of speech of"):
+    assert all(line.startswith("covo-run: ") and " s  covo_npu." in line for line in lines), lines
+    for stage in ("heard in", "first token after", "tokens decoded in", "of speech in"):
         assert sum(stage in line for line in lines) == 1, lines
     assert "abracadabra" not in "".join(lines)

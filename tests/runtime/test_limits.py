@@ -7,10 +7,10 @@ import time
 import pytest
 from made_checkpoint import rewrite_manifest
 
-from covo_npu.runtime.checkpoint import read_manifest
-from covo_npu.runtime.config import ConfigError, ModelConfig, from_dict, to_dict
-from covo_npu.runtime.limits import require_plausible
-from covo_npu.tools.synth_config import PRESETS
+from covo_npu.runtime.checkpoint.config import ConfigError, ModelConfig, from_dict, to_dict
+from covo_npu.runtime.checkpoint.format import read_manifest
+from covo_npu.runtime.checkpoint.limits import require_plausible
+from covo_npu.tools.synth.config import PRESETS
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from covo_npu.kernels import native, reference
-from covo_npu.runtime import qwen2
-from covo_npu.runtime.cache import KVCache, allocate
-from covo_npu.runtime.config import LLMConfig
-from covo_npu.runtime.qwen2 import Qwen2
+from covo_npu.convert.transforms import quantise
+from covo_npu.kernels import cpu, native, reference
+from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.networks import qwen2
+from covo_npu.runtime.networks.cache import KVCache, allocate
+from covo_npu.runtime.networks.qwen2 import Qwen2
 
 CPU = torch.device("cpu")
 TINY = LLMConfig(3, 96, 6, 2, 16, 160, 211, 1e-6, 1e6, 4096)
@@ -57,6 +60,22 @@ def ours(model: Qwen2ForCausalLM, config: LLMConfig, kernels=native) -> Qwen2:
     return network
 
 
+def in_8_bits(model: Qwen2ForCausalLM, config: LLMConfig, kernels=native) -> Qwen2:
+    """Our network in 8 bits; the weights of `model` become what those stand for."""
+    tensors = ours(model, config).state_dict()
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        tensors[name], tensors[name.replace("weight", "scale")] = quantise(tensors[name])
+    with torch.device("meta"):
+        network = Qwen2(config, kernels, int8=True)
+    network.load_state_dict(tensors, strict=True, assign=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj.weight" in name:
+                numbers, scale = quantise(parameter)
+                parameter.copy_(numbers * scale[:, None])
+    return network
+
+
 def prompt(config: LLMConfig, length: int) -> Tensor:
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(5))
 
@@ -65,8 +84,19 @@ def cache_of(config: LLMConfig, slots: int = 1, rows: int = 64, dtype: torch.dty
     return allocate(config, slots, rows, dtype, CPU)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-5 * expected.std())
+def prefilled(network: Qwen2, x: torch.Tensor, cache: KVCache, slot: int, start: int) -> torch.Tensor:
+    """Return the logits [1, V] after the last of some tokens, which are in the cache then."""
+    return network.logits(network.fill(x, cache, slot, start))
+
+
+def close(found: Tensor, expected: Tensor, config: LLMConfig = TINY) -> bool:
+    """Whether two ways to compute the network in float32 agree.
+
+    Each is off by about sqrt(K) roundings of 2^-24 in each of a layer's four products, K the longest sum: in whatever
+    order a processor sums, no value of some thousand differs by more than four standard deviations of that.
+    """
+    rounding = 2**-24 * sqrt(2 * 4 * config.num_layers * config.intermediate_size)
+    return bool((found - expected).abs().max() <= 4 * rounding * expected.std())
 
 
 @pytest.mark.parametrize("kernels", [native, reference], ids=["native", "reference"])
@@ -76,10 +106,30 @@ def test_prefill_and_decode_equal_transformers(kernels) -> None:
     ids = prompt(TINY, 37)
     expected = model(ids[None]).logits[0]
     network, cache = ours(model, TINY, kernels), cache_of(TINY)
-    assert close(network.prefill(network.embed(ids[:30]), cache, 0, 0)[0], expected[29])
+    assert close(prefilled(network, network.embed(ids[:30]), cache, 0, 0)[0], expected[29])
     for position in range(30, 37):
         logits = network.decode(ids[position, None], torch.tensor([position]), [position + 1], cache)
         assert close(logits[0], expected[position])
+
+
+@pytest.mark.parametrize("kernels", [native, reference, cpu.CPU()], ids=lambda kernels: kernels.name)
+@torch.inference_mode()
+def test_weights_in_8_bits_equal_transformers_with_what_they_stand_for(kernels) -> None:
+    """Prefill, decoding, and two slots side by side, eager and as captured; another scale would be seen."""
+    model = upstream(TINY)
+    network, ids = in_8_bits(model, TINY, kernels), prompt(TINY, 37)
+    expected = model(ids[None]).logits[0]
+    cache = cache_of(TINY, slots=2)
+    for slot, length in enumerate((30, 21)):
+        assert close(prefilled(network, network.embed(ids[:length]), cache, slot, 0)[0], expected[length - 1])
+    for step in range(3):
+        positions = torch.tensor([30 + step, 21 + step])
+        lengths = [31 + step, 22 + step]
+        masked = network.decode_masked(ids[positions], positions, 48, cache)
+        for logits in (masked, network.decode(ids[positions], positions, lengths, cache)):
+            assert close(logits[0], expected[30 + step]) and close(logits[1], expected[21 + step])
+    network.layers[1].down_proj.scale[5] *= 1.01
+    assert not close(prefilled(network, network.embed(ids[:30]), cache, 0, 0)[0], expected[29])
 
 
 @torch.inference_mode()
@@ -90,7 +140,7 @@ def test_a_layer_at_the_real_sizes_equals_transformers() -> None:
     model.model.norm.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     model(ids[None])
     network, cache = ours(model, REAL_LAYER), cache_of(REAL_LAYER)
-    assert close(network.fill(network.embed(ids), cache, 0, 0)[0], states[0][-1])
+    assert close(network.fill(network.embed(ids), cache, 0, 0)[0], states[0][-1], REAL_LAYER)
 
 
 @torch.inference_mode()
@@ -101,7 +151,7 @@ def test_bfloat16_has_at_most_twice_transformers_error() -> None:
     expected = exact(ids[None]).logits[0, -1]
     theirs = (half(ids[None]).logits[0, -1].float() - expected).norm()
     network = ours(half, TINY)
-    found = network.prefill(network.embed(ids), cache_of(TINY, dtype=torch.bfloat16), 0, 0)[0]
+    found = prefilled(network, network.embed(ids), cache_of(TINY, dtype=torch.bfloat16), 0, 0)[0]
     assert found.dtype == torch.float32
     assert 0 < (found - expected).norm() <= 2 * theirs
 
@@ -111,9 +161,9 @@ def test_bfloat16_has_at_most_twice_transformers_error() -> None:
 def test_a_prompt_in_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network, ids = ours(upstream(TINY), TINY), prompt(TINY, 37)
     whole, cut = cache_of(TINY), cache_of(TINY)
-    expected = network.prefill(network.embed(ids), whole, 0, 0)
+    expected = prefilled(network, network.embed(ids), whole, 0, 0)
     monkeypatch.setattr(qwen2, "PREFILL_CHUNK", chunk)
-    assert close(network.prefill(network.embed(ids), cut, 0, 0), expected)
+    assert close(prefilled(network, network.embed(ids), cut, 0, 0), expected)
     for mine, theirs in zip(cut.read(0, 37), whole.read(0, 37), strict=True):
         assert close(mine, theirs)
 
@@ -122,11 +172,11 @@ def test_a_prompt_in_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.Mon
 def test_a_continued_prompt_equals_the_whole_and_leaves_other_slots_alone() -> None:
     network, ids = ours(upstream(TINY), TINY), prompt(TINY, 37)
     cache = cache_of(TINY, slots=3)
-    expected = network.prefill(network.embed(ids), cache_of(TINY), 0, 0)
+    expected = prefilled(network, network.embed(ids), cache_of(TINY), 0, 0)
     for t in (*cache.keys, *cache.values):
         t.fill_(9.0)
     network.fill(network.embed(ids[:21]), cache, 1, 0)
-    assert close(network.prefill(network.embed(ids[21:]), cache, 1, 21), expected)
+    assert close(prefilled(network, network.embed(ids[21:]), cache, 1, 21), expected)
     assert all((t[[0, 2]] == 9.0).all() and (t[1, :, 37:] == 9.0).all() for t in (*cache.keys, *cache.values))
 
 
@@ -146,7 +196,7 @@ def test_slots_of_different_lengths_decode_as_if_alone(form: str) -> None:
     else:
         logits = network.decode_masked(last, positions, 48, cache)
     for slot, sequence in enumerate(ids):
-        assert close(logits[slot], network.prefill(network.embed(sequence), cache_of(TINY), 0, 0)[0])
+        assert close(logits[slot], prefilled(network, network.embed(sequence), cache_of(TINY), 0, 0)[0])
 
 
 @torch.inference_mode()

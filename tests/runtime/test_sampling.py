@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from covo_npu.runtime.sampling import Sampler, Sampling, filtered, penalised
+from covo_npu.runtime.options import Sampling
+from covo_npu.runtime.sampling import Sampler, Settings, filtered, num_candidates, penalised
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
@@ -19,6 +20,15 @@ WARM = Sampling(temperature=0.5, top_k=50, top_p=0.9)
 
 def spread_out(kept: Tensor, candidates: Tensor, vocab_size: int) -> Tensor:
     return torch.full((kept.shape[0], vocab_size), -torch.inf).scatter(1, candidates, kept)
+
+
+def penalised_by(logits: Tensor, seen: Tensor, recent: Tensor, sampling: Sampling) -> Tensor:
+    return penalised(logits, seen, recent, Settings.of([sampling] * len(logits), logits.shape[-1]))
+
+
+def filtered_by(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    size = scores.shape[-1]
+    return filtered(scores, Settings.of([sampling] * len(scores), size), num_candidates(sampling, size))
 
 
 def seen_mask(ids: Tensor, vocab_size: int) -> Tensor:
@@ -42,8 +52,8 @@ def test_scores_equal_upstreams(golden: Callable[[str], dict[str, np.ndarray]]) 
     vocab_size = logits.shape[1]
 
     def ours(sampling: Sampling, window: Tensor) -> Tensor:
-        scores = penalised(logits, seen_mask(ids, vocab_size), window, sampling)
-        return spread_out(*filtered(scores, sampling), vocab_size)
+        scores = penalised_by(logits, seen_mask(ids, vocab_size), window, sampling)
+        return spread_out(*filtered_by(scores, sampling), vocab_size)
 
     assert equal_with_gaps(ours(WARM, ids[:, -8:]), expected)
     mutants = (  # the window's ids are not among what stays here: the rows by hand and the dialogues see it
@@ -59,9 +69,9 @@ def test_penalties_by_hand() -> None:
     seen = torch.tensor([[True, True, True, True, True, False]])
     recent = torch.tensor([[2, 2, 3]])  # once per distinct id, on top of the other penalty
     sampling = Sampling(repetition_penalty=2.0, window_penalty=4.0)
-    assert penalised(logits, seen, recent, sampling).tolist() == [[1.0, -4.0, 0.375, -24.0, 0.0, 5.0]]
+    assert penalised_by(logits, seen, recent, sampling).tolist() == [[1.0, -4.0, 0.375, -24.0, 0.0, 5.0]]
     rewarding = Sampling(repetition_penalty=0.5, window_penalty=1.0)
-    assert penalised(logits, seen, recent, rewarding).tolist() == [[4.0, -1.0, 6.0, -1.5, 0.0, 5.0]]
+    assert penalised_by(logits, seen, recent, rewarding).tolist() == [[4.0, -1.0, 6.0, -1.5, 0.0, 5.0]]
     assert logits.tolist() == [[2.0, -2.0, 3.0, -3.0, 0.0, 5.0]]
 
 
@@ -69,7 +79,7 @@ def test_repetition_penalty_equals_transformers() -> None:
     logits, ids = logits_of(1, 4, 97), torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(2))
     expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
     sampling = Sampling(repetition_penalty=1.3, window_penalty=1.0)
-    assert torch.allclose(penalised(logits, seen_mask(ids, 97), ids[:, -8:], sampling), expected, rtol=1e-6)
+    assert torch.allclose(penalised_by(logits, seen_mask(ids, 97), ids[:, -8:], sampling), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +92,13 @@ def test_filters_equal_transformers(top_k: int, top_p: float) -> None:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    found = spread_out(*filtered(logits, Sampling(0.7, top_k, top_p)), 300)
+    found = spread_out(*filtered_by(logits, Sampling(0.7, top_k, top_p)), 300)
     assert equal_with_gaps(found, expected)
 
 
 def test_what_ties_with_the_last_of_the_top_k_stays() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 2.0, 2.0, 1.0, 2.0, 0.0]])
-    found = spread_out(*filtered(logits, Sampling(1.0, 3, 1.0)), 8)
+    found = spread_out(*filtered_by(logits, Sampling(1.0, 3, 1.0)), 8)
     assert torch.equal(found, TopKLogitsWarper(3)(None, logits))
     assert int(found.isfinite().sum()) == 6
 
@@ -103,9 +113,9 @@ def tokens(sampler: Sampler, logits: Tensor, slot: int = 0) -> list[int]:
 
 
 def started(sampling: Sampling, slots: int, vocab_size: int, seeds: dict[int, int]) -> Sampler:
-    sampler = Sampler(sampling, slots, vocab_size, CPU)
+    sampler = Sampler(slots, vocab_size, CPU)
     for slot, seed in seeds.items():
-        sampler.begin(slot, torch.tensor([slot + 1, 2, 3]), seed)
+        sampler.begin(slot, torch.tensor([slot + 1, 2, 3]), seed, sampling)
     return sampler
 
 
@@ -121,7 +131,7 @@ def test_a_new_round_forgets_the_old_one() -> None:
     sampler = started(GREEDY, 1, 8, {0: 0})
     row = torch.tensor([0.0, 0.0, 0.0, 0.0, 10.0, 9.9, 0.0, 0.0])
     first = tokens(sampler, row[None])
-    sampler.begin(0, torch.tensor([1, 2, 3]), 0)
+    sampler.begin(0, torch.tensor([1, 2, 3]), 0, GREEDY)
     assert tokens(sampler, row[None]) == first == [4]
 
 
@@ -132,9 +142,9 @@ def test_the_seed_decides_and_neighbours_do_not(sampling: Sampling) -> None:
     assert alone == tokens(started(sampling, 1, 300, {0: 11}), logits)
     assert alone != tokens(started(sampling, 1, 300, {0: 12}), logits)
 
-    batch = Sampler(sampling, 3, 300, CPU)
+    batch = Sampler(3, 300, CPU)
     for slot, seed in ((0, 5), (1, 11), (2, 6)):
-        batch.begin(slot, torch.tensor([1, 2, 3]), seed)
+        batch.begin(slot, torch.tensor([1, 2, 3]), seed, sampling)
     together = []
     for step, row in enumerate(logits):
         if step == 300:
@@ -143,6 +153,43 @@ def test_the_seed_decides_and_neighbours_do_not(sampling: Sampling) -> None:
         batch.prepare(slice(0, width))
         together.append(int(batch.next(row.expand(width, -1), slice(0, width))[1 if step < 300 else 0]))
     assert together == alone
+
+
+MIXED = (
+    GREEDY,
+    WARM,
+    Sampling(1.2, 0, 0.8, window=3, window_penalty=1.5),
+    Sampling(0.7, 5, 1.0, repetition_penalty=1.3, window=0),
+    Sampling(0.0, repetition_penalty=1.4, window=20, window_penalty=1.2),
+)
+
+
+def test_slots_with_settings_of_their_own_sample_as_if_alone() -> None:
+    """Slots join one after the other, so that the buffers widen in the middle of rounds."""
+    logits = logits_of(9, 400, len(MIXED), 300) * 0.3
+    batch, together = Sampler(len(MIXED), 300, CPU), [[] for _ in MIXED]
+    for step, rows in enumerate(logits):
+        width = min(len(MIXED), step // 20 + 1)
+        if step % 20 == 0 and step < 20 * len(MIXED):
+            batch.begin(width - 1, torch.tensor([1, 2, 3]), 7 + width, MIXED[width - 1])
+        batch.prepare(slice(0, width))
+        for ids, token in zip(together, batch.next(rows[:width], slice(0, width)).tolist()):
+            ids.append(token)
+    for slot, sampling in enumerate(MIXED):
+        alone = Sampler(1, 300, CPU)
+        alone.begin(0, torch.tensor([1, 2, 3]), 8 + slot, sampling)
+        assert tokens(alone, logits[20 * slot :, slot]) == together[slot]
+
+
+def test_the_form_tells_apart_what_a_capture_must() -> None:
+    sampler, slots = Sampler(2, 300, CPU), slice(0, 2)
+    forms = []
+    for sampling in (GREEDY, WARM, Sampling(0.5, 0), Sampling(window=9), GREEDY, Sampling(0.9, 50, 0.3)):
+        sampler.begin(0, torch.tensor([1]), 0, sampling)
+        forms.append(sampler.form(slots))
+    assert len(set(forms)) == len(forms)
+    sampler.begin(0, torch.tensor([5]), 3, Sampling(0.7, 50, 0.2, repetition_penalty=1.2))  # only tensors differ
+    assert sampler.form(slots) == forms[-1]
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -157,8 +204,8 @@ def test_draws_follow_the_probabilities() -> None:
 
 @pytest.mark.parametrize("prompt", [[5], [5, 6], [1, 2, 3, 4, 5, 6, 7, 0, 5, 6]])
 def test_prompts_shorter_and_longer_than_the_window(prompt: list[int]) -> None:
-    sampler = Sampler(Sampling(repetition_penalty=1.0, window_penalty=2.0), 1, 12, CPU)
-    sampler.begin(0, torch.tensor(prompt), 0)
+    sampler = Sampler(1, 12, CPU)
+    sampler.begin(0, torch.tensor(prompt), 0, Sampling(repetition_penalty=1.0, window_penalty=2.0))
     row = torch.ones(1, 12)
     row[0, prompt[-1]] = 1.5
     assert int(sampler.next(row, slice(0, 1))) not in prompt[-8:]
@@ -167,9 +214,9 @@ def test_prompts_shorter_and_longer_than_the_window(prompt: list[int]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0, found -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0, or 0.001 to 1000, found -1.0"),
         ({"top_p": 0.0, "top_k": -1}, "top_k must be at least 0, found -1; top_p must be in"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be 0.001 to 1000"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, float], message: str) -> None:

@@ -10,10 +10,10 @@ import torch
 from made_checkpoint import LLM, large_tensors, write_checkpoint
 from safetensors.torch import load_file
 
-from covo_npu.kernels.select import open_device
-from covo_npu.runtime import loader
-from covo_npu.runtime.checkpoint import BLOCK_BYTES, CheckpointError, read_manifest
-from covo_npu.runtime.loader import load_tensors
+from covo_npu.kernels.device import open_device
+from covo_npu.runtime.checkpoint import loader
+from covo_npu.runtime.checkpoint.format import BLOCK_BYTES, CheckpointError, read_manifest
+from covo_npu.runtime.checkpoint.loader import load_tensors
 
 FILES = list(large_tensors())
 
@@ -24,14 +24,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("slabs", [2, 32])
-@pytest.mark.parametrize("pinned", [True, False])
-def test_every_tensor_arrives(
-    device: str, folder: Path, pinned: bool, slabs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_tensor_arrives(device: str, folder: Path, slabs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "MAX_SLABS", slabs)
     monkeypatch.setattr(loader, "MAX_THREADS", 2)
     target = open_device(device)
-    weights = load_tensors(read_manifest(folder), FILES, target, mode="staged", pinned=pinned)
+    weights = load_tensors(read_manifest(folder), FILES, target, mode="staged")
     assert weights.report.mode == "staged"
     expected = {key: t for name in FILES for key, t in load_file(folder / name).items() if not key.startswith("__pad")}
     assert weights.tensors.keys() == expected.keys()

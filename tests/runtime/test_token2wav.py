@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from covo_npu.kernels.select import fast_dtype
+from covo_npu.kernels.device import fast_dtype
 from covo_npu.runtime import CovoAudio
-from covo_npu.tools.stock_token2wav import StockToken2Wav
+from covo_npu.runtime.flow import Flow
+from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 COUNTS = (1, 15, 60)
@@ -37,14 +38,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_stages_as_upstream(model: CovoAudio, golden: Golden, count: int) -> None:
-    expected = golden(f"token2wav_{count}")
-    networks = model.networks.token2wav
-    codes = torch.tensor(expected["tokens"], device=model.device)
+    expected, speech, voice = golden(f"token2wav_{count}"), model.speech, model.voice.to(model.device)
+    codes = torch.cat((voice.prompt_codes, torch.tensor(expected["tokens"], device=model.device)))
     with torch.inference_mode():
-        latents = networks.normalised_latents(codes, torch.tensor(expected["noise"][0], device=model.device))
-        waveform = networks.vocoder(torch.tensor(expected["vocoder_in"], device=model.device))[0]
-    start = networks.config.voice.num_frames
-    assert relative(latents[start:], torch.tensor(expected["latents_normalised"][0, start:])) <= 1e-4
+        noise = torch.tensor(expected["noise"][0], device=model.device)
+        *_, latents = speech.solve(codes, voice.prompt_latents, noise, voice)
+        waveform = speech.vocoder(torch.tensor(expected["vocoder_in"], device=model.device))[0]
+    assert relative(latents, torch.tensor(expected["latents_normalised"][0, voice.num_frames :])) <= 1e-4
     assert snr_db(waveform.cpu().numpy(), expected["wav"]) >= 80
 
 
@@ -52,12 +52,12 @@ def test_stages_as_upstream(model: CovoAudio, golden: Golden, count: int) -> Non
 def test_the_stock_formulation_is_upstreams(model: CovoAudio, golden: Golden, count: int) -> None:
     """What the bench compares with computes what upstream computes."""
     expected = golden(f"token2wav_{count}")
-    stock = StockToken2Wav(model.networks.token2wav)
+    stock = StockToken2Wav(model.speech, model.voice.to(model.device))
     with torch.inference_mode():
         noise = torch.tensor(expected["noise"][0], device=model.device)
         latents = stock.normalised_latents(torch.tensor(expected["tokens"], device=model.device), noise)
         waveform = stock.vocoder(torch.tensor(expected["vocoder_in"], device=model.device))[0]
-    start = model.networks.token2wav.config.voice.num_frames
+    start = model.voice.num_frames
     assert relative(latents[start:], torch.tensor(expected["latents_normalised"][0, start:])) <= 1e-4
     assert snr_db(waveform.cpu().numpy(), expected["wav"]) >= 80
 
@@ -73,35 +73,47 @@ def test_dtypes(folder: Path, model: CovoAudio, golden: Golden, device: str) -> 
         assert np.array_equal(auto.token2wav(codes, noise), half)
 
 
-def test_nothing_is_cast_before_speech(folder: Path, device: str) -> None:
+def test_auto_follows_a_dtype_that_was_chosen(folder: Path, golden: Golden, device: str) -> None:
+    """Whoever asks for float32 gets it in flow matching, too, on a machine that is faster in bfloat16 as well."""
+    expected = golden("token2wav_60")
+    model = CovoAudio.load(folder, device=device, dtype="float32")
+    assert model.report.token2wav_dtype == "float32"
+    assert snr_db(model.token2wav(expected["tokens"].tolist(), expected["noise"]), expected["wav"]) >= 80
+    assert CovoAudio.load(folder, device=device, dtype="bfloat16").report.token2wav_dtype == "bfloat16"
+    assert CovoAudio.load(folder, device=device, dtype="float32", speech=False).report.token2wav_dtype == ""
+
+
+def test_a_start_does_not_wait_for_the_networks_of_speech(folder: Path, device: str) -> None:
     model = CovoAudio.load(folder, device=device, token2wav_dtype="bfloat16")
-    weight = model.networks.token2wav.dit.blocks[0].fc1.weight
-    assert weight.dtype == torch.float32
+    assert {parameter.device.type for parameter in model.networks.token2wav.parameters()} == {"meta"}
+    assert model.token2wav([]).shape == (0,)
+    assert {parameter.device.type for parameter in model.networks.token2wav.parameters()} == {"meta"}
     model.token2wav([1])
-    assert model.networks.token2wav.dit.blocks[0].fc1.weight.dtype == torch.bfloat16
+    assert model.speech is model.networks.token2wav
+    assert model.speech.dit.blocks[0].fc1.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("steps", "solver", "evaluations"),
     [(None, "midpoint", 18), (9, "midpoint", 18), (4, "midpoint", 8), (9, "euler", 9)],
 )
-def test_steps_and_solver(
-    folder: Path, model: CovoAudio, golden: Golden, device: str, steps: int | None, solver: str, evaluations: int
-) -> None:
+def test_steps_and_solver(model: CovoAudio, golden: Golden, steps: int | None, solver: str, evaluations: int) -> None:
     expected = golden("token2wav_1")
     codes, noise = expected["tokens"].tolist(), expected["noise"]
-    chosen = CovoAudio.load(folder, device=device, token2wav_dtype="float32", flow_steps=steps, flow_solver=solver)
+    flow = Flow(steps or 9, solver) if steps else None
     done: list[tuple[str, int, int]] = []
-    waveform = chosen.token2wav(codes, noise, on_progress=lambda *step: done.append(step))
+    waveform = model.token2wav(codes, noise, flow=flow, on_progress=lambda *step: done.append(step))
     assert [step for step in done if step[0] == "flow matching"] == [
         ("flow matching", evaluation + 1, evaluations) for evaluation in range(evaluations)
     ]
-    assert np.array_equal(waveform, model.token2wav(codes, noise)) == (evaluations == 18)
+    usual = model.token2wav(codes, noise)
+    assert np.array_equal(waveform, usual) == (evaluations == 18)
+    assert np.array_equal(model.token2wav(codes, noise), usual)
 
 
-def test_no_steps_are_refused(folder: Path, device: str) -> None:
+def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 step"):
-        CovoAudio.load(folder, device=device, flow_steps=0)
+        Flow(0)
 
 
 def test_same_seed_same_samples(model: CovoAudio) -> None:

@@ -8,8 +8,8 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Upstream
 
 from covo_npu.kernels import native, reference
-from covo_npu.runtime.config import EncoderConfig
-from covo_npu.runtime.whisper import WhisperEncoder
+from covo_npu.runtime.checkpoint.config import EncoderConfig
+from covo_npu.runtime.networks.whisper import WhisperEncoder
 
 SMALL = EncoderConfig(2, 64, 4, 128, 80, 50)
 REAL_LAYER = EncoderConfig(1, 1280, 20, 5120, 128, 1500)

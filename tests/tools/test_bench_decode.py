@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from covo_npu.runtime import CovoAudio
-from covo_npu.tools import bench_decode
-from covo_npu.tools.stock_decode import Stock, prefill_operations
+from covo_npu.runtime.networks.cache import allocate
+from covo_npu.tools.bench import decode as bench_decode
+from covo_npu.tools.bench.stock_decode import Stock, prefill_operations
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +52,34 @@ def test_the_operations_of_a_prefill(convert_tiny: Callable[[str], Path]) -> Non
     """
     model = CovoAudio.load(convert_tiny("float32"), device="cpu", speech=False, backend="reference")
     networks, length = model.networks, 200
-    decoder = model.decoder(model.generation.sampling)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counted:
-        networks.adapter(networks.encoder(torch.zeros(1, model.config.encoder.num_mels, 3000)))
-        networks.llm.prefill(networks.llm.embed(torch.zeros(length, dtype=torch.int64)), decoder.cache, 0, 0)
-    assert 0.95 < prefill_operations(model.config, length) / counted.get_total_flops() < 1.1
+    cache = allocate(model.config.llm, 1, 256, model.dtype, model.device)
+    for known in (0, 150):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+            networks.encoder(torch.zeros(1, model.config.encoder.num_mels, 3000))
+            embeddings = networks.llm.embed(torch.zeros(length - known, dtype=torch.int64))
+            networks.llm.logits(networks.llm.fill(embeddings, cache, 0, known))
+        assert 0.95 < prefill_operations(model.config, length, known=known) / counted.get_total_flops() < 1.1
 
 
 def test_the_command_writes_what_it_shows(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    options = ["--ckpt", str(convert_tiny("float32")), "--tokens", "4", "--steps", "4", "--runs", "1", "--layers", "2"]
-    rows = ["--context", "20", "--context", "40", "--batch", "1", "--batch", "2"]
-    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
-    found = CliRunner().invoke(bench_decode.decode, [*options, *rows, *files], catch_exceptions=False)
+    options = ["--ckpt", str(convert_tiny("float32")), "--device", "cpu", "--max-new-tokens", "4", "--steps", "4"]
+    rows = ["--runs", "1", "--context", "20", "--context", "40", "--batch", "1", "--batch", "2"]
+    files = ["--json", str(tmp_path / "a.json")]
+    found = CliRunner().invoke(bench_decode.command, [*options, *rows, *files], catch_exceptions=False)
     assert found.exit_code == 0
     report = json.loads((tmp_path / "a.json").read_text())
     assert [(row["context"], row["batch"]) for row in report["steps"][::2]] == [(20, 1), (40, 1), (20, 2)]
     assert all(line in found.stdout for line in report["said"])
-    assert report["layers"] == 2 and (tmp_path / "a.png").stat().st_size > 1000
+    assert report["question"][0]["tokens"] == report["question"][1]["tokens"]
+
+
+def test_weights_in_8_bits_are_measured_alone(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Half the bytes a step in the layers, and nothing to compare with."""
+    options = ["--ckpt", str(convert_tiny("int8")), "--device", "cpu", "--max-new-tokens", "4", "--steps", "4"]
+    rows = ["--runs", "1", "--context", "20", "--batch", "1", "--batch", "2", "--json", str(tmp_path / "a.json")]
+    found = CliRunner().invoke(bench_decode.command, [*options, *rows], catch_exceptions=False)
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (found.exit_code, report["weights"]) == (0, "int8")
+    assert [(row["path"], row["batch"]) for row in report["steps"]] == [("ours", 1), ("ours", 2)]
+    assert [row["path"] for row in report["question"]] == ["ours", "ours, second dialogue"]
+    assert len(report["said"]) == 1 and report["said"][0].startswith("floors: ")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from covo_npu.tools.check_speech import distance, mel_filters
+from covo_npu.tools.check.waveforms import distance, mel_filters
+from covo_npu.tools.speech import PLANS
 
 
 def noise(seed: int, scale: float = 0.1) -> torch.Tensor:
@@ -48,13 +49,17 @@ def test_filters_as_librosas() -> None:
 
 def test_report(convert_tiny: Callable[[str], Path]) -> None:
     command = [Path(sys.executable).with_name("covo-check"), "speech", "--ckpt", convert_tiny("float32")]
-    done = subprocess.run([*command, "--device", "cpu", "--codes", "2", "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--codes", "40", "--stream", "--json", "-"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     names = [finding["name"] for finding in report["findings"]]
     assert names[1] == "bfloat16" and report["holds"]
-    assert names[2:] == [
+    assert names[5:] == [f"in blocks, {name}" for name in PLANS]
+    assert all("seams: energy" in finding["measured"] for finding in report["findings"][5:])
+    assert names[2:5] == [
         "12 evaluations (6 midpoint steps)", "8 evaluations (4 midpoint steps)", "9 evaluations (9 euler steps)"
     ]  # fmt: skip
-    snr = [float(finding["measured"].split()[1]) for finding in report["findings"]]
+    snr = [float(finding["measured"].split()[1]) for finding in report["findings"][:5]]
     assert snr[0] > 80 > snr[1] > max(snr[2:])

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 from covo_npu.convert.plan import Need, recipes
 from covo_npu.convert.stream import write_file
-from covo_npu.tools import synth
-from covo_npu.tools.synth_config import PRESETS, upstream_json
-from covo_npu.tools.synth_tokenizer import SPECIAL_TOKENS, byte_alphabet, enumerate_merges, write_tokenizer
+from covo_npu.tools.synth import checkpoint
+from covo_npu.tools.synth import cli as synth
+from covo_npu.tools.synth.config import PRESETS, upstream_json
+from covo_npu.tools.synth.tokenizer import SPECIAL_TOKENS, byte_alphabet, enumerate_merges, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_layers_are_cut_in_the_middle(made: Path):
 def test_shards_of_the_full_size_are_about_equal():
     needs = {need.name: need for recipe in recipes(PRESETS["full"]) for need in recipe.needs if need.name}
     model = [n for name in ("audio_adapter.", "encoder.", "llm.") for n in needs.values() if n.name.startswith(name)]
-    sizes = [sum(2 * int(np.prod(need.shape)) for need in shard) for shard in synth.cut(model)]
+    sizes = [sum(2 * int(np.prod(need.shape)) for need in shard) for shard in checkpoint.cut(model)]
     assert len(sizes) == 4 and sum(sizes) / 1e9 == pytest.approx(16.80, abs=0.01)
     assert max(sizes) < 1.2 * min(sizes)
 
@@ -83,7 +84,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(made: Path, 
 
 def test_it_converts_and_the_published_spelling_of_the_config_is_read(made: Path, tmp_path: Path):
     from covo_npu.convert.cli import main
-    from covo_npu.runtime.checkpoint import read_manifest
+    from covo_npu.runtime.checkpoint.format import read_manifest
 
     assert main(["--src", str(made), "--dst", str(tmp_path / "converted")]) == 0
     assert read_manifest(tmp_path / "converted").config == PRESETS["tiny"]
@@ -101,7 +102,7 @@ def test_head_dim_is_written_where_it_does_not_follow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_large_tensor_has_its_scale_no_mean_and_no_repetition(dtype: torch.dtype, tmp_path: Path):
     shape = (600, 1500)  # several periods, the last one not whole
-    write_file(tmp_path / "x", [synth.Values(5).stream(Need("some.weight", shape), dtype)])
+    write_file(tmp_path / "x", [checkpoint.RandomValues(5).stream(Need("some.weight", shape), dtype)])
     data = torch.frombuffer(bytearray((tmp_path / "x").read_bytes()), dtype=dtype).view(shape).float()
     assert data.std() == pytest.approx(1 / np.sqrt(1500), rel=0.01)
     assert abs(data.mean()) < 1e-4
@@ -112,10 +113,10 @@ def test_a_large_tensor_has_its_scale_no_mean_and_no_repetition(dtype: torch.dty
 
 def test_values_do_not_depend_on_how_they_are_read():
     shape = (600, 1000)
-    need, values = Need("some.weight", shape), synth.Values(5)
+    need, values = Need("some.weight", shape), checkpoint.RandomValues(5)
     whole, parts = bytearray(2 * 600_000), bytearray(2 * 600_000)
     values.stream(need, torch.bfloat16).read_into(memoryview(whole))
-    stream, at = synth.Values(5).stream(need, torch.bfloat16), 0
+    stream, at = checkpoint.RandomValues(5).stream(need, torch.bfloat16), 0
     for count in (2, 524286, 524290, 151422):
         stream.read_into(memoryview(parts)[at : at + count])
         at += count
@@ -125,7 +126,7 @@ def test_values_do_not_depend_on_how_they_are_read():
 def test_the_filter_is_that_of_the_published_vocoder(tiny_source: Path):
     state = torch.load(tiny_source / "token2wav" / "model.pt", weights_only=True)["model"]
     torch.testing.assert_close(
-        synth.kaiser_sinc(), state["wavegan.activation_post.upsample.filter"], rtol=1e-5, atol=1e-7
+        checkpoint.kaiser_sinc(), state["wavegan.activation_post.upsample.filter"], rtol=1e-5, atol=1e-7
     )
 
 
@@ -234,7 +235,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synth, "write_tokenizer", broken)
+    monkeypatch.setattr(checkpoint, "write_tokenizer", broken)
     assert synth.main([str(tmp_path / "tiny")]) == 1
     assert "No space left" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
 

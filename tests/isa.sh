@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The numeric tests as another processor would run them, and the C kernels of processors that this one is not.
+# usage: tests/isa.sh [pytest arguments]
+# Says at the end what ran and what did not; exit code 1 if something that ran has failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+build=build/isa
+mkdir -p "$build"
+numeric=(tests/kernels tests/runtime/test_goldens.py tests/runtime/test_audio.py tests/runtime/test_sampling.py
+  tests/runtime/test_flow.py tests/runtime/test_bigvgan.py tests/runtime/test_loader.py tests/runtime/test_qwen2.py)
+ran=() missed=() failed=()
+
+# step NAME COMMAND...: runs it and notes how it ended
+step() {
+  echo "== $1"
+  if "${@:2}"; then ran+=("$1"); else failed+=("$1"); fi
+}
+
+# c_tests NAME COMPILER [RUNNER...]: tests/kernels/isa.c with all kernels, built and run
+c_tests() {
+  local name=$1 compiler=$2 program=$build/isa-${1//[^a-z0-9]/-}
+  "$compiler" -std=gnu11 -O3 ${STATIC:-} -Ikernels/cpu/csrc -o "$program" tests/kernels/isa.c kernels/cpu/csrc/*.c \
+    -lm -lpthread && "${@:3}" "$program"
+}
+
+for compiler in gcc clang; do
+  if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "here $compiler" "$compiler"
+  else missed+=("C tests, $compiler: not installed"); fi
+done
+
+# Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
+if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")
+elif command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then
+  for processor in max cortex-a57; do
+    STATIC=-static step "C tests, aarch64 $processor, emulated" \
+      c_tests "arm $processor" aarch64-linux-gnu-gcc qemu-aarch64 -cpu "$processor"
+  done
+else missed+=("C tests, aarch64: apt-get install gcc-aarch64-linux-gnu qemu-user"); fi
+
+if [ "$(uname -m)" = x86_64 ]; then
+  step "numeric tests, AVX2" env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 COVO_MAX_CPU_ISA=avx2 \
+    "$bin/pytest" -q "${numeric[@]}" "$@"
+else missed+=("numeric tests, AVX2: not an x86-64 processor"); fi
+step "numeric tests, one thread" env OMP_NUM_THREADS=1 "$bin/pytest" -q "${numeric[@]}" "$@"
+
+echo "== ran:"
+printf '   %s\n' "${ran[@]}"
+if [ ${#missed[@]} -gt 0 ]; then echo "== did not run:"; printf '   %s\n' "${missed[@]}"; fi
+if [ ${#failed[@]} -gt 0 ]; then echo "== failed:"; printf '   %s\n' "${failed[@]}"; exit 1; fi

@@ -1,0 +1,206 @@
+"""What a file really holds: recordings joined, chained, cut, with sizes that nobody wrote; made by libsndfile."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from covo_npu.runtime import audio, containers, resampling
+from covo_npu.runtime.audio import AudioError
+
+RATE = 16_000
+RNG = np.random.default_rng(5)
+FIRST = (0.3 * np.sin(np.arange(RATE) * 0.05) + 0.01 * RNG.standard_normal(RATE)).astype(np.float32)  # 1 s
+SECOND = FIRST[::-1].copy()
+# What libsndfile splits wrongly or refuses when it is joined: each of these has another way to say where it ends.
+FORMS = (
+    ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "GSM610"), ("WAV", "IMA_ADPCM"), ("WAV", "ULAW"),
+    ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16"), ("AIFF", "PCM_16"), ("SVX", "PCM_16"), ("AU", "PCM_16"),
+    ("CAF", "PCM_16"), ("CAF", "ALAC_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
+    ("MP3", "MPEG_LAYER_III"),
+)  # fmt: skip
+SIZED = tuple(form for form in FORMS if form[0] not in ("FLAC", "OGG", "MP3", "W64") and form[1] != "ALAC_16")
+
+
+def encoded(samples, form="WAV", subtype="PCM_16", rate=RATE):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, subtype, format=form)
+    return file.getvalue()
+
+
+def heard(data):
+    """Return (samples, warnings)."""
+    warnings = []
+    samples, _ = audio.decode_audio(io.BytesIO(data), "x", warn=warnings.append)
+    return samples.numpy(), warnings
+
+
+def alone(data):
+    """Return what libsndfile makes of one good file."""
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        return sound.read(sound.frames, dtype="float32")
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_joined_recordings_are_heard_one_after_the_other(form, count):
+    files = [encoded(samples, *form) for samples in (FIRST, SECOND, FIRST[:9000])][:count]
+    samples, warnings = heard(b"".join(files))
+    assert np.array_equal(samples, np.concatenate([alone(file) for file in files])) and warnings == []
+
+
+def test_recordings_of_other_rates_and_kinds_follow_each_other():
+    flac = encoded(FIRST, "FLAC", rate=8000)
+    samples, warnings = heard(encoded(FIRST) + flac)
+    expected = resampling.resample(torch.from_numpy(alone(flac)), 8000, RATE, torch.float32)
+    assert np.array_equal(samples, np.concatenate((alone(encoded(FIRST)), expected.numpy()))) and warnings == []
+
+
+@pytest.mark.parametrize("form", SIZED, ids="-".join)
+def test_a_cut_file_gives_what_it_has_with_a_warning(form):
+    data = encoded(np.tile(FIRST, 8), *form)
+    samples, warnings = heard(data[: len(data) * 2 // 3])
+    whole = alone(data)
+    assert 0.6 * len(whole) < len(samples) < 0.67 * len(whole)
+    assert np.array_equal(samples[: len(samples) - 512], whole[: len(samples) - 512])  # a block of a codec was cut, too
+    (line,) = warnings
+    assert "its header states" in line and line.endswith("are there")
+
+
+@pytest.mark.parametrize("form", [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_a_cut_stream_gives_what_it_has_with_a_warning_and_what_follows_it(form):
+    data = encoded(RNG.uniform(-0.5, 0.5, 30 * RATE), *form)
+    cut = data[: len(data) * 2 // 3]
+    samples, warnings = heard(cut)
+    assert 15 * RATE < len(samples) < 21 * RATE and len(warnings) == 1
+    both, warnings = heard(cut + data)
+    assert len(both) == len(samples) + len(alone(data)) and len(warnings) == 1
+
+
+def wav(stated, pcm, riff=None):
+    form = struct.pack("<IHHIIHH", 16, 1, 1, RATE, 2 * RATE, 2, 16)
+    size = 36 + stated if riff is None else riff
+    return b"RIFF" + struct.pack("<I", size) + b"WAVEfmt " + form + b"data" + struct.pack("<I", stated) + pcm
+
+
+PCM = (FIRST * 32767).round().astype("<i2").tobytes()
+EXPECTED = np.frombuffer(PCM, "<i2").astype(np.float32) / 32768
+
+
+@pytest.mark.parametrize(
+    ("stated", "riff", "says"),
+    [
+        (0, 36, "states 0 bytes of samples, 32000 are there"),  # a recorder that crashed
+        (0, 0, "states 0 bytes of samples, 32000 are there"),
+        (8000, 8036, "states 8000 bytes of samples, 32000 are there"),  # one that notes the size now and then
+        (32000, 36, ""),
+        (32000, 0, ""),
+        (0xFFFFFFFF, 0xFFFFFFFF, ""),  # ffmpeg into a pipe
+        (0x7FFFF000, 0x7FFFF024, ""),  # sox into a pipe
+        (0x80000000, 0x80000024, ""),  # arecord
+        (64000, 64036, "states 64000 bytes of samples, 32000 are there"),
+    ],
+)  # fmt: skip
+def test_sizes_in_a_header_are_hints(stated, riff, says):
+    samples, warnings = heard(wav(stated, PCM, riff))
+    assert np.array_equal(samples, EXPECTED)
+    assert [says in line for line in warnings] == ([True] if says else [])
+    twice, _ = heard(wav(stated, PCM, riff) + wav(stated, PCM, riff))
+    assert np.array_equal(twice, np.tile(EXPECTED, 2))
+
+
+@pytest.mark.parametrize("trailer", [b"", b"\0" * 100, b"ID3\x04junk", b"TAG" + b"x" * 125, b"LIST\x08\0\0\0INFOISFT",
+                                     b"LIST\xff\0\0\0cut"])  # fmt: skip
+def test_what_stands_behind_the_samples_is_not_heard(trailer):
+    samples, warnings = heard(wav(32000, PCM) + trailer)
+    assert np.array_equal(samples, EXPECTED) and warnings == []
+
+
+@pytest.mark.parametrize("unseekable", ["fifo", "stdin", "substitution"])
+def test_audio_from_pipes(unseekable, tmp_path):
+    data = encoded(FIRST, "FLAC")
+    if unseekable == "fifo":
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+        writer.start()
+        samples, _ = audio.read_audio(tmp_path / "pipe")
+        writer.join()
+        assert np.array_equal(samples.numpy(), alone(data))
+        return
+    program = "import sys; from covo_npu.runtime import audio; print(len(audio.read_audio(sys.argv[1])[0]))"
+    path = "/dev/stdin" if unseekable == "stdin" else "<(cat)"
+    shell = f"'{sys.executable}' -c \"$PROGRAM\" {path}"
+    done = subprocess.run(
+        ["bash", "-c", shell], input=data, capture_output=True, env={**os.environ, "PROGRAM": program}
+    )
+    assert int(done.stdout) == len(FIRST), done.stderr
+
+
+def test_a_pipe_that_does_not_end_is_refused(monkeypatch):
+    monkeypatch.setattr(audio, "MAX_PIPED_BYTES", 1000)
+    reader, writer = os.pipe()
+    os.write(writer, bytes(2000))
+    with os.fdopen(reader, "rb") as file, pytest.raises(AudioError, match="came out of this pipe"):
+        audio.decode_audio(file)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("1a45dfa39f4286810142f7810142f2810442f381084282847765626d", "WebM"),
+        ("00000020667479704d344120", "M4A"),
+        ("00000014667479703367703400", "M4A"),
+        ("2321414d520a", "AMR"),
+        ("022321534c4b5f5633".replace("534c4b", "53494c4b"), "SILK"),
+        ("fff15080", "AAC"),
+        ("3026b2758e66cf11a6d9", "WMA"),
+        ("7776706b", "WavPack"),
+        ("4d414320", "Monkey"),
+    ],
+)
+def test_what_libsndfile_cannot_read_is_named_with_the_command_that_converts_it(head, says):
+    with pytest.raises(AudioError) as error:
+        audio.decode_audio(io.BytesIO(bytes.fromhex(head) + bytes(2000)), "my memo.x")
+    assert says in str(error.value) and "ffmpeg -i 'my memo.x' -ar 24000 'my memo.wav'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b'{"error": "gone"}', "JSON"),
+        (b"PK\x03\x04" + bytes(99), "an archive"),
+    ],
+)
+def test_what_is_no_audio_is_named(data, says):
+    with pytest.raises(AudioError, match=says) as error:
+        audio.decode_audio(io.BytesIO(data), "x")
+    assert "ffmpeg" not in str(error.value)
+
+
+def test_a_window_reads_as_the_bytes_would():
+    """Against a BytesIO of the same bytes, at random."""
+    data = RNG.bytes(1000)
+    part = containers.Part(100, 900, ((98, b"abcdef"), (500, b"xyz")))
+    changed = data[:98] + b"abcdef" + data[104:500] + b"xyz" + data[503:]
+    window, expected = containers.Window(io.BytesIO(data), part), io.BytesIO(changed[100:900])
+    for _ in range(300):
+        place, size = int(RNG.integers(0, 900)), int(RNG.integers(-1, 300))
+        assert window.seek(place) == expected.seek(place)
+        assert window.read(size) == expected.read(size) and window.tell() == expected.tell()
+    assert window.seek(-5, os.SEEK_END) == expected.seek(-5, os.SEEK_END)
+
+
+def test_a_name_that_no_file_can_have_is_one_message(tmp_path):
+    for name in ("a\0b.wav", "half \ud800.wav"):
+        with pytest.raises(AudioError, match="no file can have this name"):
+            audio.read_audio(tmp_path / name)

@@ -1,0 +1,145 @@
+"""covo-run on two ranks as a user starts it, and how it ends when one of them is killed or stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+AUDIO = Path(__file__).parents[1] / "data" / "audio"
+ENGLISH = AUDIO / "question_en_48k_24bit.wav"
+RUN = [sys.executable, "-m", "covo_npu.runtime.cli.run"]
+END_S = 30.0  # what is promised: until then all ranks have ended
+
+
+@pytest.fixture(scope="module")
+def two_ranks(convert_tiny: Callable[..., Path]) -> Path:
+    return convert_tiny("float32", 2)
+
+
+def arguments(ckpt: Path, *more: str) -> list[str]:
+    return ["--ckpt", str(ckpt), "--tp", "2", "--device", "cpu", "--mode", "a2t", *more]
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def waiting(two_ranks: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """covo-run that is ready and waits for a question from a pipe, and the process of its rank 1."""
+    with subprocess.Popen(
+        [*RUN, *arguments(two_ranks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "ready in" in process.stdout.readline()
+        (rank1,) = children(process.pid)
+        yield process, rank1
+        for left in (process.pid, rank1):
+            if runs(left):
+                os.kill(left, signal.SIGKILL)
+
+
+def ended(process: subprocess.Popen[str], *others: int) -> tuple[int, str]:
+    """Return the exit code and stderr of a process that ends, with the others, in time."""
+    end = time.monotonic() + END_S
+    code = process.wait(END_S)
+    while any(runs(other) for other in others):
+        assert time.monotonic() < end, "a rank is left"
+        time.sleep(0.1)
+    assert process.stderr is not None
+    return code, process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGKILL, "rank 1 of 2 has ended (signal 9): all ranks are ended\n"),
+        (signal.SIGSTOP, "rank 1 of 2 gives no sign of life: all ranks are ended\n"),
+    ],
+)
+@pytest.mark.parametrize("busy", [False, True], ids=["waiting", "decoding"])
+def test_a_follower_that_is_killed_or_stopped_ends_all(
+    waiting: tuple[subprocess.Popen[str], int], number: int, says: str, busy: bool
+) -> None:
+    process, rank1 = waiting
+    assert process.stdin is not None
+    if busy:
+        process.stdin.write(f"{ENGLISH}\n")
+        process.stdin.flush()
+        time.sleep(0.5)
+    os.kill(rank1, number)
+    code, err = ended(process, rank1)
+    assert code == 1 and err.partition(": ")[2] == says  # after the program's name
+
+
+def test_a_follower_leaves_what_asks_for_an_end_to_rank_0(waiting: tuple[subprocess.Popen[str], int]) -> None:
+    """As from a terminal or a service manager, which signals all processes at once."""
+    process, rank1 = waiting
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(rank1, number)
+    time.sleep(0.5)
+    assert runs(rank1) and process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{ENGLISH}\n")
+    process.stdin.close()
+    assert "ready in" not in process.stdout.read() and process.wait(END_S) == 0 and not runs(rank1)
+
+
+def test_when_rank_0_is_killed_the_others_end(waiting: tuple[subprocess.Popen[str], int]) -> None:
+    process, rank1 = waiting
+    process.kill()
+    code, err = ended(process, rank1)
+    assert code == -signal.SIGKILL and "rank 0 of 2 has ended" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_rank_0_ends_all_as_ever(
+    waiting: tuple[subprocess.Popen[str], int], number: int, code: int
+) -> None:
+    process, rank1 = waiting
+    process.send_signal(number)
+    found, err = ended(process, rank1)
+    assert found == code and len(err.strip().splitlines()) == 1 and "rank" not in err
+
+
+def test_torchrun_starts_the_ranks_as_well(two_ranks: Path, tmp_path: Path, golden: Callable) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    expected = golden("dialogue_fp32_three_rounds_a2t")
+    wav = AUDIO / Path(str(expected["r0_audio"])).name
+    command = [*torchrun, "-m", "covo_npu.runtime.cli.run"]
+    more = ["--max-new-tokens", "48", "--json", str(tmp_path / "reply.json"), str(wav)]
+    done = subprocess.run([*command, *arguments(two_ranks, *more)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 1, "only rank 0 speaks"
+    report = json.loads((tmp_path / "reply.json").read_text())
+    assert report["rounds"][0]["tokens"] == expected["r0_tokens"].tolist()
+    assert [place["rank"] for place in report["load"]["placed"]] == [0, 1]
+
+
+def test_damage_in_another_ranks_file_is_told_before_any_text(two_ranks: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in two_ranks.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    file = damaged / "llm-rank1of2.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2000] ^= 1
+    file.write_bytes(content)
+    done = subprocess.run([*RUN, *arguments(damaged, str(ENGLISH))], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "rank 1 of 2" in done.stderr and "damaged in the block" in done.stderr
+    assert done.stderr.count("\n") == 1 and "first token" not in done.stdout

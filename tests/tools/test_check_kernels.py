@@ -1,0 +1,82 @@
+"""covo-check kernels: a right backend passes, and each fault that a device makes easy is above its bound."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from covo_npu.kernels import native, select
+from covo_npu.tools.check import kernels
+from covo_npu.tools.check.kernels import ALLOWED
+
+CPU = torch.device("cpu")
+CASES = {case.name: case for case in kernels._cases()}
+
+
+def error(name: str, dtype: torch.dtype, **functions: Any) -> float:
+    backend: Any = SimpleNamespace(**{f: getattr(native, f) for f in select.FUNCTIONS} | functions)
+    return kernels._error(backend, CPU, CASES[name], dtype)
+
+
+def interleaved_heads(q: Tensor, k_cache: Tensor, **others: Any) -> Tensor:
+    order = torch.arange(q.shape[1]).view(-1, k_cache.shape[1]).T.reshape(-1)
+    return native.decode_attention(q[:, order], k_cache, **others)[:, order.argsort()]
+
+
+def first_tile(lengths: list[int], **others: Any) -> Tensor:
+    return native.decode_attention(lengths=[min(length, 512) for length in lengths], **others)
+
+
+def top_left(q: Tensor, length: int, **others: Any) -> Tensor:
+    return native.prefill_attention(q, length=len(q), **others)
+
+
+def swapped_caches(k: Tensor, v: Tensor, **others: Any) -> None:
+    native.write_kv(v, k, **others)
+
+
+DECODE = next(name for name in CASES if name.startswith("decode_attention"))
+MUTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "heads": (DECODE, {"decode_attention": interleaved_heads}),
+    "one row past 512": (DECODE, {"decode_attention": first_tile}),
+    "scale": (DECODE, {"decode_attention": lambda scale, **others: native.decode_attention(scale=1.0, **others)}),
+    "anchor": ("prefill_attention, 40 of 1500", {"prefill_attention": top_left}),
+    "halves": ("swiglu", {"swiglu": lambda gate_up: native.swiglu(torch.cat(gate_up.chunk(2, -1)[::-1], -1))}),
+    "channels": (
+        "linear_int8, 1 rows",
+        {"linear_int8": lambda scale, **others: native.linear_int8(scale=scale.roll(1), **others)},
+    ),
+    "sum": ("add_rms_norm", {"add_rms_norm": lambda **inputs: native.add_rms_norm(**inputs)[::-1]}),
+    "caches": ("write_kv", {"write_kv": swapped_caches}),
+    "sine": ("rotary, DiT", {"rotary": lambda x, cos, sin: native.rotary(x, cos, -sin)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_faults_are_above_the_bounds(fault: str, dtype: torch.dtype) -> None:
+    name, functions = MUTANTS[fault]
+    assert error(name, dtype) <= ALLOWED[dtype] / 2
+    assert error(name, dtype, **functions) > 2 * ALLOWED[dtype]
+
+
+def test_every_kernel_has_a_case() -> None:
+    made_of_others = {"step_mask", "masked_decode_attention", "conv_weight"}  # measured, or a preparation
+    assert {case.function for case in CASES.values()} | made_of_others == set(select.FUNCTIONS)
+
+
+def test_a_refused_call_is_a_finding_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("call aclnnSwiGlu failed\nmore")
+
+    backend: Any = SimpleNamespace(**{f: getattr(native, f) for f in select.FUNCTIONS} | {"swiglu": refuse})
+    monkeypatch.setattr(kernels, "_cases", lambda: [CASES["swiglu"], CASES["gelu"]])
+    monkeypatch.setattr(kernels, "BOUNDS", (512,))
+    found = {finding.name: finding for finding in kernels.findings(backend, CPU)}
+    assert len(found) == 5
+    assert found["swiglu, float32"].measured == "refused: call aclnnSwiGlu failed"
+    assert {name for name, finding in found.items() if not finding.holds} == {"swiglu, float32", "swiglu, bfloat16"}
