@@ -13,11 +13,12 @@ PRESET ?= small
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+LIBRARY := kernels/cpu/libcovo.so
 QUESTION := tests/data/audio/question_en_48k_24bit.wav
 
-.PHONY: demo test test-npu fuzz mutants lint format clean
+.PHONY: demo test test-npu test-isa test-install test-real fuzz soak mutants lint format clean
 
-demo: $(READY)
+demo: $(READY) $(LIBRARY)
 	@rm -rf demo
 	echo "== A checkpoint with random weights, in the layout of the published one"
 	$(BIN)/covo-synth --preset $(PRESET) --seed 0 demo/source
@@ -30,8 +31,8 @@ demo: $(READY)
 	echo
 	echo "The reply is in demo/replies/01-$(notdir $(QUESTION)). The weights are random: expect noise."
 
-# Lines of convert/, runtime/ and kernels/ that the tests run; it fails below the share in pyproject.toml.
-test: $(READY)
+# Lines of convert/, runtime/, kernels/ and serve/ that the tests run; it fails below the share in pyproject.toml.
+test: $(READY) $(LIBRARY)
 	$(BIN)/pytest --cov --cov-report=term:skip-covered
 
 # Mutated files for FUZZ_SECONDS each, with another SEED other ones; what fails is kept in build/fuzz.
@@ -40,17 +41,44 @@ SEED ?= 0
 fuzz: $(READY)
 	mkdir -p build/fuzz
 	test -d build/fuzz/ckpt || $(BIN)/covo-convert --src tests/data/covo-tiny --dst build/fuzz/ckpt --dtype float32
-	for target in audio tokenizer stages batch header source manifest; do
+	for target in audio tokenizer stages batch header source values arrival manifest; do
 		$(BIN)/python tests/fuzz/fuzz.py $$target --source tests/data/covo-tiny --ckpt build/fuzz/ckpt \
 			--seconds $(FUZZ_SECONDS) --seed $(SEED) --keep build/fuzz/kept 2>build/fuzz/$$target.log
 	done
+
+# A crowd at a server for SOAK_SECONDS: CLIENTS ask, hear and leave at random moments; every place has to come back, and
+# memory to stay flat. The server's log is build/soak.log.
+SOAK_SECONDS ?= 1800
+CLIENTS ?= 1000
+soak: $(READY) $(LIBRARY)
+	mkdir -p build/soak
+	test -d build/soak/ckpt || $(BIN)/covo-convert --src tests/data/covo-tiny --dst build/soak/ckpt --dtype float32
+	PYTHONPATH=tests $(BIN)/python tests/serve/crowd.py --ckpt build/soak/ckpt --seconds $(SOAK_SECONDS) \
+		--clients $(CLIENTS) --seed $(SEED)
 
 # Wrong programs that the tests must refuse. `make test` runs them too.
 mutants: $(READY)
 	$(BIN)/python tests/mutants/mutants.py
 
-test-npu: $(READY)
+test-npu: $(READY) $(LIBRARY)
 	tests/npu/run.sh
+
+# The numeric tests as a processor with AVX2 runs them, and with one thread; the C kernels of Arm in an emulator if it is
+# installed. Says what ran and what did not.
+test-isa: $(READY) $(LIBRARY)
+	tests/isa.sh
+
+# What deploy/Dockerfile.cpu installs, installed and asked; brings PyTorch into an environment of its own.
+test-install: $(READY) $(LIBRARY)
+	$(BIN)/pytest -m install tests/deploy
+
+# Arithmetic on a small language model with real weights; fetches it, into an environment of its own: docs/real-weights.md
+test-real: $(READY) $(LIBRARY)
+	tests/real/run.sh
+
+# The C kernels, built again when their sources change. Without a compiler PyTorch's serve.
+$(LIBRARY): $(READY) $(wildcard kernels/cpu/csrc/*)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(READY) typed
 	$(BIN)/ruff check .
@@ -66,7 +94,7 @@ format: $(READY)
 .PHONY: typed
 typed:
 	@mkdir -p build/typed/covo_npu
-	for folder in convert runtime kernels tools; do ln -sfn ../../../$$folder build/typed/covo_npu/$$folder; done
+	for folder in convert runtime kernels serve tools; do ln -sfn ../../../$$folder build/typed/covo_npu/$$folder; done
 
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "covo-npu needs Python 3.10 or newer")'
@@ -77,5 +105,5 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	@rm -rf build demo dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
+	@rm -rf build demo dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
