@@ -41,7 +41,7 @@ from covo_npu.runtime.networks.files import (
 from covo_npu.runtime.options import WHOLE, LoadOptions, SpeechBlocks
 from covo_npu.runtime.parallel import ALONE
 from covo_npu.runtime.prefix import Prefix, stored_prefix
-from covo_npu.runtime.ranks import Leader, RankError, collectives, follows, launched
+from covo_npu.runtime.ranks import Leader, RankError, collectives, follows
 from covo_npu.runtime.speech import Noise, Progress, SpeechStream, drawn_noise, given_noise
 from covo_npu.runtime.token2wav import Token2Wav
 from covo_npu.runtime.tokenizer import Tokenizer
@@ -147,9 +147,7 @@ class CovoAudio:
         ground = prepare(manifest, options, device)
         leader = None
         if options.tp > 1:
-            if device.type == "cpu" and not launched():  # the ranks share its cores
-                torch.set_num_threads(max(1, torch.get_num_threads() // options.tp))
-            leader = Leader(options.tp, rank.command(path, options, device))
+            leader = Leader(options.tp, rank.command(path, options, device), share_cores=device.type == "cpu")
         try:
             return cls._load(manifest, options, ground, devices, start, leader)
         except BaseException:

@@ -81,8 +81,11 @@ class Link:
 class Leader:
     """Rank 0's side. Made before its weights are loaded, `ready` after: followers load at the same time."""
 
-    def __init__(self, size: int, follower: Sequence[str]) -> None:
-        """follower: the command of a follower's process, without its rank; not used under torchrun."""
+    def __init__(self, size: int, follower: Sequence[str], share_cores: bool = False) -> None:
+        """follower: the command of a follower's process, without its rank; not used under torchrun.
+
+        share_cores: ranks that this process starts get equal parts of its threads, and it keeps one until it closes.
+        """
         if dist.is_initialized():
             raise RankError("this process has tensor-parallel ranks already: close that model first")
         self.size, self.tally, self.fault = size, Tally(), ""
@@ -97,6 +100,9 @@ class Leader:
         self._busy_since = self._moved = 0.0
         self._handles = 0
         self._closing, self._on_cpu = False, False
+        self._threads = torch.get_num_threads()
+        if share_cores and not launched():
+            torch.set_num_threads(max(1, self._threads // size))
         host = os.environ["MASTER_ADDR"] if launched() else "127.0.0.1"
         if launched():
             self._store, _, _ = next(rendezvous("env://", timeout=STORE_TIMEOUT))
@@ -171,6 +177,7 @@ class Leader:
                 child.kill()
                 child.wait()
         atexit.unregister(self.close)
+        torch.set_num_threads(self._threads)
         self._server.close()
         if dist.is_initialized() and (self._on_cpu or not self.fault):  # a device's would wait for those that are gone
             dist.destroy_process_group()

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 DATA = Path(__file__).parent / "data"
 
@@ -20,6 +21,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the runtime's tests: cpu, cuda:0, npu:0")
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back() -> Iterator[None]:
+    """A test that changes how many threads PyTorch has, by --threads for one, changes them for itself alone: with
+    another number sums run in another order."""
+    usual = torch.get_num_threads()
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ from covo_npu.runtime.cli.run import main as covo_run_main
 from covo_npu.serve.cli import main
 
 BIN = Path(sys.executable).parent
-# Who multiplies is measured in each process, and may end otherwise: other bits.
-FLOAT32 = ("--device", "cpu", "--dtype", "float32", "--products", "pytorch", "--max-context", "2600")
+# Who multiplies is measured in each process, and may end otherwise, and so may the number of threads: other bits.
+FLOAT32 = ("--device", "cpu", "--dtype", "float32", "--products", "pytorch", "--threads", "2", "--max-context", "2600")
 SPEECH: dict[str, Any] = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 WAV_HEADER_BYTES = 44
 # A penalty below 1 rewards the last id: the model repeats it until it is stopped.
