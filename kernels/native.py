@@ -11,17 +11,22 @@ from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
 name = "native"
 int8_dtypes: Int8Dtypes = {dtype: (torch.float32, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
-INT8_BLOCK = 512  # rows of 8-bit weights that the CPU makes wider at a time: what comes of them stays in the caches
+WIDENED_ROWS = 512  # of weights that the CPU makes wider at a time: what comes of them stays in the caches
 
 ONEDNN = torch.ops.mkldnn
-# What oneDNN's fused product multiplies here; nothing in a build without oneDNN.
-FUSED_DTYPES = (
-    (torch.float32, *([torch.bfloat16] if ONEDNN._is_mkldnn_bf16_supported() else []))
-    if hasattr(ONEDNN, "_linear_pointwise")
-    else ()
+# 16-bit types that oneDNN multiplies on this CPU; none in a build without oneDNN.
+ONEDNN_DTYPES = tuple(
+    dtype
+    for dtype, supported in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if hasattr(ONEDNN, supported) and getattr(ONEDNN, supported)()
 )
-
-conv1d = F.conv1d
+# What oneDNN's fused product multiplies here.
+FUSED_DTYPES = (torch.float32, *({torch.bfloat16} & {*ONEDNN_DTYPES})) if hasattr(ONEDNN, "_linear_pointwise") else ()
+# The others PyTorch multiplies with loops of its own, which take five to nine times as long as products of float32.
+SLOW_DTYPES = tuple({torch.bfloat16, torch.float16} - {*ONEDNN_DTYPES})
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,11 +35,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Asked directly, oneDNN adds the bias while it stores; PyTorch first writes it, then adds the rounded product. Before
     it multiplies, oneDNN copies the right factor into a layout of its own: of x @ weight.T that is the weights, which
     costs one row, as in decoding, more than the product; of weight @ x it is the row. float32 stays with PyTorch, whose
-    sums are twice as exact, and so does float16, which PyTorch multiplies by itself.
+    sums are twice as exact, and so does float16. Of SLOW_DTYPES only one row is multiplied as it is.
     """
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+    if x.device.type != "cpu" or x.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    if x.numel() == x.shape[-1]:
+    one_row = x.numel() == x.shape[-1]
+    if x.dtype in SLOW_DTYPES and not one_row:
+        return _widened_linear(x, weight, None, bias)
+    if x.dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
+    if one_row:
         row = x.reshape(-1)
         out = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
         return out.view(*x.shape[:-1], -1)
@@ -43,14 +53,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The weights become numbers of x's dtype, which is exact, while they are multiplied; on the CPU block by block."""
-    size_out = weight.shape[0]
-    block = INT8_BLOCK if x.device.type == "cpu" else size_out
+    return _widened_linear(x, weight, scale, bias)
+
+
+def _widened_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return (x @ weight.T) * scale + bias in x.dtype, the weights made wider for the call; on the CPU by blocks."""
+    size_out, wide = weight.shape[0], x.to(_fast_dtype(x))
+    block = WIDENED_ROWS if x.device.type == "cpu" else size_out
     out = x.new_empty(*x.shape[:-1], size_out)
     for start in range(0, size_out, block):
         rows = slice(start, start + block)
-        y = linear(x, weight[rows].to(x.dtype)).float() * scale[rows].float()
+        y = linear(wide, weight[rows].to(wide.dtype)).float()
+        y = y if scale is None else y * scale[rows].float()
         out[..., rows] = y if bias is None else y + bias[rows].float()
     return out
+
+
+def _fast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which what x holds is multiplied: its own, unless this is a CPU that is slow in it."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype in SLOW_DTYPES else x.dtype
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,8 +126,9 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    dtype = q.dtype
+    q, k, v = (t.transpose(1, 2).to(_fast_dtype(t)) for t in (q, k, v))  # [B, H, S, D]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype).transpose(1, 2)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
@@ -116,14 +138,15 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tenso
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, length: int, scale: float) -> Tensor:
-    num_queries = q.shape[0]
+    num_queries, dtype = q.shape[0], q.dtype
     k, v = k_cache[slot : slot + 1, :, :length], v_cache[slot : slot + 1, :, :length]  # [1, G, K, D]
+    q, k, v = (t.to(_fast_dtype(t)) for t in (q, k, v))
     whole = num_queries == length  # PyTorch's is_causal is anchored top-left, so it serves only the square case
     mask = None if whole or num_queries == 1 else _causal_mask(num_queries, length, q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).to(dtype)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
@@ -160,6 +183,20 @@ def _grouped_attention(
     grouped = q.view(num_slots, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
     return out.reshape(num_slots, num_heads, head_dim)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    dtype = _fast_dtype(x)
+    wide = None if bias is None else bias.to(dtype)
+    return F.conv1d(x.to(dtype), weight.to(dtype), wide, stride, padding, dilation, groups).to(x.dtype)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from covo_npu.kernels import native
 
@@ -73,3 +76,48 @@ def test_views_are_multiplied_like_their_copies(function: Callable[..., torch.Te
     assert torch.equal(found, function(x.contiguous(), weight.contiguous(), bias.contiguous()))
     assert not torch.equal(found, function(x, weight, bias.roll(1)))
     assert function(x[:, :0], weight, bias).shape == (3, 0, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_the_cpu_is_slow_in_is_multiplied_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without instructions for 16-bit types: PyTorch sees none of them, results are rounded once."""
+    monkeypatch.setattr(native, "SLOW_DTYPES", (torch.bfloat16, torch.float16))
+    plain_conv1d = F.conv1d
+    for function in ("linear", "conv1d", "scaled_dot_product_attention"):
+        own = getattr(F, function)
+
+        def wide(*arguments: Any, own: Callable[..., Tensor] = own, **options: Any) -> Tensor:
+            assert all(tensor.dtype != dtype for tensor in arguments if isinstance(tensor, Tensor))
+            return own(*arguments, **options)
+
+        monkeypatch.setattr(F, function, wide)
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    size_out = 2 * native.WIDENED_ROWS + 3
+    x, weight, bias = drawn(5, 70), drawn(size_out, 70), drawn(size_out)
+    q, cache = drawn(6, 4, 8), drawn(1, 2, 11, 8)
+    signal, taps = drawn(2, 6, 30), drawn(10, 3, 5)
+    whole, scale = torch.randint(-127, 128, (size_out, 70), generator=generator), torch.rand(size_out)
+    keys = cache[:, :, :9].double().repeat_interleave(2, dim=1)[0]  # [H, K, D]
+    scores = torch.einsum("shd,hkd->hsk", q.double(), keys) * 0.3
+    future = torch.ones(6, 9, dtype=torch.bool).triu(4)
+    causal = torch.einsum("hsk,hkd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), keys)
+    heads = drawn(1, 5, 2, 8)
+    among = (torch.einsum("bshd,bthd->bhst", heads.double(), heads.double()) * 0.3).softmax(-1)
+    convolved = plain_conv1d(signal.double(), taps.double(), None, 2, 1, 1, 2)
+    for found, expected in (
+        (native.linear(x, weight, bias), x.double() @ weight.double().T + bias.double()),
+        (native.linear(x, weight), x.double() @ weight.double().T),
+        (native.linear_int8(x, whole.to(torch.int8), scale, bias), x.double() @ whole.double().T * scale + bias),
+        (native.prefill_attention(q, cache, cache, 0, 9, 0.3), causal),
+        (native.attention(heads, heads, heads, 0.3), torch.einsum("bhst,bthd->bshd", among, heads.double())),
+        (native.conv1d(signal, taps, None, 2, 1, groups=2), convolved),
+    ):
+        assert found.dtype == dtype and found.shape == expected.shape
+        # Half a step of dtype, and what sums of up to 70 products in float32 are off by.
+        bound = expected.abs() * torch.finfo(dtype).eps / 2 + 70 * 2**-24 * expected.abs().max()
+        assert ((found.double() - expected).abs() <= bound).all()
+        assert ((found.roll(1, -1).double() - expected).abs() > bound).any()
