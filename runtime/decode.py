@@ -57,7 +57,7 @@ class Decoder:
         self._ids = torch.zeros(cache.num_slots, dtype=torch.int64, device=device)
         self._told = torch.zeros_like(self._ids)  # the ids as they are read: NOT_FINITE among them
         # A tensor, because an NPU fills int64 under a mask on its AICPU.
-        self._none = torch.full_like(self._ids[:1], NOT_FINITE)
+        self._none = torch.tensor([NOT_FINITE], device=device)
         self._positions = torch.zeros_like(self._ids)  # where the ids will be written
         self._capture = capture
         self.logits: Tensor
