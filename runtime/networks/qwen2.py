@@ -3,7 +3,7 @@
 Source: arXiv 2407.10671; the order of roundings is that of transformers' Qwen2.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.checkpoint.format import HEAD, LAYERS
 from covo_npu.runtime.networks.cache import KVCache
 from covo_npu.runtime.networks.layers import Int8Linear, Linear, RMSNorm, Stack, Weight
 from covo_npu.runtime.parallel import ALONE, Group
@@ -43,7 +44,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         """config: the sizes of one rank of the group; the others as for Qwen2."""
         super().__init__()
-        self.kernels, self.group, product = kernels, group, Int8Linear if int8 else Linear
+        self.kernels, self.group, product = kernels, group, _product(int8)
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         size, width, wide = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -91,20 +92,22 @@ class Qwen2(nn.Module):
         config: LLMConfig,
         kernels: Kernels,
         dtype: torch.dtype | None = None,
-        int8: bool = False,
+        int8: Collection[str] = (),
         group: Group = ALONE,
     ) -> None:
         """config: the sizes of the whole; dtype: of the activations and, but for int8, of the weights.
 
-        int8: the products of the layers in 8 bits. Raises ConfigError if the ranks cannot share the sizes.
+        int8: which products are in 8 bits, LAYERS, HEAD. Raises ConfigError if the ranks cannot share the sizes.
         """
         super().__init__()
         self.kernels, self.scale, self.group = kernels, config.head_dim**-0.5, group
         self.vocab_size, self.sizes = config.vocab_size, config.of_rank(group.size)
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, int8, group) for _ in range(config.num_layers))
+        small = LAYERS in int8
+        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, small, group) for _ in range(config.num_layers))
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = Linear(kernels, config.hidden_size, config.head_rows(group.size), bias=False, dtype=dtype)
+        head, rows = _product(HEAD in int8), config.head_rows(group.size)
+        self.lm_head = head(kernels, config.hidden_size, rows, bias=False, dtype=dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings [T, C]. input_ids: [T] int64."""
@@ -173,6 +176,10 @@ class Qwen2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [T, V]. hidden: [T, C], from fill()."""
         return self.group.join(self.lm_head(hidden), 1, self.vocab_size).float()
+
+
+def _product(int8: bool) -> type[Linear | Int8Linear]:
+    return Int8Linear if int8 else Linear
 
 
 def joined_layer(layer: DecoderLayer, ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Needs:
     """What a checkpoint wants of a device."""
 
     weights_bytes: int
-    int8: bool
+    int8: bool  # whether any of them are in 8 bits
 
     @property
     def smaller(self) -> str:
@@ -324,9 +324,9 @@ def _checkpoint(folder: Path | None) -> tuple[Needs, Finding]:
         return NOTHING, promised("checkpoint", str(error), False, "complete, of this version", "see the message")
     size = sum(file.bytes for file in manifest.files.values() if file.data_start is not None)
     speech = "text and speech" if manifest.config.token2wav else "text only"
-    dtype = f"{manifest.dtype}, products of the LLM in int8" if manifest.int8 else manifest.dtype
+    dtype = f"{manifest.dtype}, products of the LLM in {manifest.weights}" if manifest.int8 else manifest.dtype
     measured = f"layout {manifest.layout_version}, {dtype}, {size / 1e9:.2f} GB, {speech}"
-    return Needs(size, manifest.int8), promised(
+    return Needs(size, bool(manifest.int8)), promised(
         "checkpoint", measured, True, "manifest, headers and sizes agree; bytes: covo-check ckpt"
     )
 

@@ -67,7 +67,7 @@ class Origin:
     covo_npu: str
     checkpoint: str  # checksum of what it was made of, and how
     source: str  # checksum of the manifest's notes on what it was made of
-    weights: str  # of the LLM's products: a dtype, or int8
+    weights: str  # of the LLM's products, as the manifest says
     audio: str  # checksum of the prepared samples
 
 
@@ -185,12 +185,12 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
     expected, other = load(against) if against else ({}, None)
     sound = xxhash.xxh3_128_hexdigest(waveform.numpy().tobytes())
     manifest, digest = read_manifest(ckpt), manifest_digest(ckpt)
-    weights = INT8 if manifest.int8 else manifest.dtype
+    weights = manifest.weights
     source = xxhash.xxh3_128_hexdigest(json.dumps(manifest.source, sort_keys=True).encode())
     formats = None
     if other:
         _require_same("audio", sound, other.audio, "name the same WAV")
-        if source == other.source and (weights == INT8) != (other.weights == INT8):
+        if source == other.source and weights != other.weights and {weights, other.weights} & INT8.keys():
             formats = (weights, other.weights)
         else:
             _require_same("checkpoint", digest, other.checkpoint, "name the same checkpoint")
