@@ -19,6 +19,7 @@ from covo_npu.runtime.parallel import ALONE, Group
 
 PREFILL_CHUNK = 2048  # tokens of one forward pass: bounds the activations of long prompts
 
+Product = type[Linear | Int8Linear]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [T, H, D], key cache, value cache) -> [T, H, D]
 
 
@@ -40,11 +41,11 @@ class DecoderLayer(nn.Module):
     """Attention and SwiGLU, each behind a norm. A branch is added to the residual stream by the next norm."""
 
     def __init__(
-        self, config: LLMConfig, kernels: Kernels, dtype: torch.dtype | None, int8: bool, group: Group
+        self, config: LLMConfig, kernels: Kernels, dtype: torch.dtype | None, product: Product, group: Group
     ) -> None:
-        """config: the sizes of one rank of the group; the others as for Qwen2."""
+        """config: the sizes of one rank of the group; product: the class of its products; the others as for Qwen2."""
         super().__init__()
-        self.kernels, self.group, product = kernels, group, _product(int8)
+        self.kernels, self.group = kernels, group
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         size, width, wide = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -103,11 +104,10 @@ class Qwen2(nn.Module):
         self.kernels, self.scale, self.group = kernels, config.head_dim**-0.5, group
         self.vocab_size, self.sizes = config.vocab_size, config.of_rank(group.size)
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size, dtype=dtype)
-        small = LAYERS in int8
-        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, small, group) for _ in range(config.num_layers))
+        layers, head = (Int8Linear if part in int8 else Linear for part in (LAYERS, HEAD))
+        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, layers, group) for _ in range(config.num_layers))
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps, dtype)
-        head, rows = _product(HEAD in int8), config.head_rows(group.size)
-        self.lm_head = head(kernels, config.hidden_size, rows, bias=False, dtype=dtype)
+        self.lm_head = head(kernels, config.hidden_size, config.head_rows(group.size), bias=False, dtype=dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings [T, C]. input_ids: [T] int64."""
@@ -176,10 +176,6 @@ class Qwen2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [T, V]. hidden: [T, C], from fill()."""
         return self.group.join(self.lm_head(hidden), 1, self.vocab_size).float()
-
-
-def _product(int8: bool) -> type[Linear | Int8Linear]:
-    return Int8Linear if int8 else Linear
 
 
 def joined_layer(layer: DecoderLayer, ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

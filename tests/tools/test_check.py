@@ -262,13 +262,17 @@ def test_doctor_says_who_multiplies(convert_tiny):
     assert "no answer" in as_text(silent) and not failed(silent)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_doctor_advises_on_memory(dtype, convert_tiny, with_npu, monkeypatch):
+@pytest.mark.parametrize(("dtype", "less"), [("bfloat16", "int8"), ("int8", "int8+head"), ("int8+head", None)])
+def test_doctor_advises_on_memory(dtype, less, convert_tiny, with_npu, monkeypatch):
+    """The tiny model, whose bytes and format it names, is advised to the next smaller format."""
     monkeypatch.setattr(check_doctor, "available_memory_bytes", lambda: 3.0e9)
     small = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0", "free": check_doctor.ACTIVATION_BYTES})
-    said = {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=small).findings}
+    findings = {f.name: f for f in doctor(ckpt=convert_tiny(dtype), npu=small).findings}
+    said = {name: finding.fix for name, finding in findings.items()}
+    assert (f"products of the LLM in {dtype}, " in findings["checkpoint"].measured) == (dtype != "bfloat16")
     assert "speed of the disk" in said["memory"] and "run out of memory" in said["NPU memory"]
-    assert all(("--weights int8" in said[name]) == (dtype != "int8") for name in ("memory", "NPU memory"))
+    for name in ("memory", "NPU memory"):
+        assert f"a conversion with --weights {less} needs less" in said[name] if less else "--weights" not in said[name]
     large = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0"})
     assert {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=large).findings}["NPU memory"] == ""
 
