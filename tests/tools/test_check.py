@@ -360,6 +360,11 @@ def test_stages_say_what_weights_in_8_bits_cost(convert_tiny, saved, tmp_path):
     for name in ("layers, rounding here", "layers, rounding in the file"):
         assert found[name].holds and len(percents(found[name])) == layer + 1 == 3
         assert max(percents(found[name])) < max(percents(found["layers, the format's cost"]))
+    stages, origin = check_stages.load(tmp_path / "plain")
+    for change in ({"exact": stages["exact"][:, :1]}, {"rows": stages["rows"][..., :-1, :]}):
+        check_stages.save(tmp_path / "odd", {name: t.contiguous() for name, t in (stages | change).items()}, origin)
+        with pytest.raises(CovoError, match="the shape of rows is not that of the file"):
+            check_stages.run(eight, against=tmp_path / "odd", speech=False)
     headless = check_stages.run(on("cpu", convert_tiny("int8+head")), against=tmp_path / "eight", speech=False)
     found = {finding.name: finding for finding in headless.findings}
     assert headless.holds and "weights in int8+head against int8" in found["logits"].bound

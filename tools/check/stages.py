@@ -257,6 +257,7 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
         wanted = {name: tensor for name, tensor in expected.items() if speech or name not in SPEECH}
         findings += compare(stages, wanted, coarser, of_speech, formats)
         if formats and "exact" in stages and "exact" in expected:
+            _require_same("shape of rows", _shapes(stages), _shapes(expected), "save it again")
             findings += [cost(stages, expected, formats), rounding("layers, rounding in the file", expected, coarser)]
         title += f"; against {_with_what(other)}"
     if save_to:
@@ -297,7 +298,11 @@ def _with_what(origin: Origin) -> str:
 
 def _require_same(what: str, found: str, expected: str, advice: str) -> None:
     if found != expected:
-        raise CheckError(f"the {what} is not that of the file (checksum expected {expected}, found {found}): {advice}")
+        raise CheckError(f"the {what} is not that of the file (expected {expected}, found {found}): {advice}")
+
+
+def _shapes(stages: Stages) -> str:
+    return ", ".join(f"{name} {list(stages[name].shape)}" for name in ("rows", "exact") if name in stages)
 
 
 def _finite(tensor: Tensor) -> bool:
