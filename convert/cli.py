@@ -29,8 +29,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Of LLM and encoder; speech is float32.")
 @click.option(
     "--weights",
-    type=click.Choice((INT8,)),
-    help="int8: the LLM's layers in 8 bits and a scale a channel, half the bytes of bfloat16. Default: --dtype.",
+    type=click.Choice(tuple(INT8)),
+    help="int8: the LLM's layers in 8 bits and a scale a channel, half the bytes of bfloat16; int8+head: "
+    "the layers and the head. Default: --dtype.",
 )
 @click.option("--token2wav/--no-token2wav", default=True, help="Speech; without it the checkpoint answers in text.")
 @click.option("--prefix/--no-prefix", default=True, help="The KV cache's rows of the default system prompt.")
@@ -73,7 +74,7 @@ def command(
 
     source = open_source(src, voice, token2wav)
     log.info("source: %d tensors in %s", len(source.tensors), src.name)
-    plan = make_plan(source, getattr(torch, dtype), weights == INT8, tp)
+    plan = make_plan(source, getattr(torch, dtype), weights, tp)
     log.info("plan: %d tensors, %.2f GB", len(plan.steps), plan.bytes / 1e9)
     for warning in source.warnings:
         click.echo(f"covo-convert: warning: {warning}", err=True)

@@ -6,7 +6,7 @@ The targets' names and shapes come twice, from the rules and from the networks t
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -119,15 +119,10 @@ class Plan:
 
     config: ModelConfig
     dtype: torch.dtype
-    int8: bool  # whether the LLM's products are held in 8 bits
+    weights: str  # of the LLM's products: that dtype, or a word of INT8
     steps: tuple[Step, ...]
     left_out: Mapping[str, LeftOut]
     tp: int = 1
-
-    @property
-    def weights(self) -> str:
-        """What the LLM's products are held in: int8, or the dtype."""
-        return INT8 if self.int8 else str(self.dtype).removeprefix("torch.")
 
     def files(self) -> dict[str, list[Step]]:
         """Return the steps of each file by its name, the ranks in order."""
@@ -157,10 +152,10 @@ def file_name(stem: str, rank: int = 0, size: int = 1) -> str:
     return f"{stem}-rank{rank}of{size}.safetensors" if stem == SHARED else f"{stem}.safetensors"
 
 
-def make_plan(source: SourceCheckpoint, dtype: torch.dtype, int8: bool = False, tp: int = 1) -> Plan:
+def make_plan(source: SourceCheckpoint, dtype: torch.dtype, weights: str | None = None, tp: int = 1) -> Plan:
     """Return the plan for a source. dtype: of the LLM and the encoder; token2wav is float32.
 
-    int8: the LLM's products in 8 bits instead; tp: ranks of the LLM.
+    weights: a word of INT8, which of the LLM's products are held in 8 bits instead; tp: ranks of the LLM.
 
     Raises ConvertError that names every missing and misshapen tensor and every dtype that cannot be converted,
     ConfigError if the model cannot be split into so many ranks.
@@ -168,6 +163,8 @@ def make_plan(source: SourceCheckpoint, dtype: torch.dtype, int8: bool = False, 
     missing, misshapen, inconvertible, unlisted = [], [], [], []
     steps: list[Step] = []
     used: set[str] = set()
+    weights = weights or str(dtype).removeprefix("torch.")
+    int8 = INT8.get(weights, ())
     expected = expected_tensors(source.config, int8, tp).values()
     shapes = {name: shape for tensors in expected for name, shape in tensors.items()}
     for recipe in recipes(source.config, source.tensors, int8):
@@ -194,12 +191,17 @@ def make_plan(source: SourceCheckpoint, dtype: torch.dtype, int8: bool = False, 
         Kind(f"tensors that are needed are not in {INDEX}", dict.fromkeys(unlisted), AGAIN),
     )
     assert {step.recipe.target for step in steps} == shapes.keys(), "rules and networks name the same tensors"
-    return Plan(source.config, dtype, int8, tuple(steps), left_out(source.tensors, used), tp)
+    return Plan(source.config, dtype, weights, tuple(steps), left_out(source.tensors, used), tp)
 
 
-def recipes(config: ModelConfig, tensors: Mapping[str, object] | None = None, int8: bool = False) -> Iterator[Recipe]:
-    """Yield the rules for one model in file order. tensors: the names that a `*` in a rule may match."""
-    parts = (rules.LLMS["int8" if int8 else "float"], *rules.MODEL, *(rules.SPEECH if config.token2wav else ()))
+def recipes(
+    config: ModelConfig, tensors: Mapping[str, object] | None = None, int8: Collection[str] = ()
+) -> Iterator[Recipe]:
+    """Yield the rules for one model in file order.
+
+    tensors: the names that a `*` in a rule may match; int8: see Qwen2.
+    """
+    parts = (rules.llm(int8), *rules.MODEL, *(rules.SPEECH if config.token2wav else ()))
     names = tuple(tensors or ())
     for part in parts:
         for section in part.rules:

@@ -5,12 +5,13 @@ blocks and puts prefixes before their names. The order of the rules is the order
 Shapes are written in the letters of `sizes.py`; `{i}` and the like are counted by a section's `over`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from covo_npu.convert import transforms
+from covo_npu.runtime.checkpoint.format import HEAD, LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,15 +336,24 @@ VOCODER = (
     ),
 )
 
-# The weights of the LLM that --weights int8 is about: those that every token multiplies in every layer.
-PRODUCTS = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
+# What every token multiplies: the weights of the LLM that can be held in 8 bits.
+PRODUCTS = {
+    LAYERS: ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight"),
+    HEAD: ("lm_head.weight",),
+}
 
 
-def quantised(section: Section) -> Section:
-    """Return a section whose PRODUCTS are held in 8 bits, each followed by its scales."""
+def llm(int8: Collection[str]) -> Part:
+    """Return the rules of the LLM. int8: whose PRODUCTS are held in 8 bits."""
+    products = {target for part in int8 for target in PRODUCTS[part]}
+    return Part("llm", "llm", tuple(quantised(section, products) for section in LLM))
+
+
+def quantised(section: Section, products: Collection[str]) -> Section:
+    """Return a section whose products are held in 8 bits, each followed by its scales."""
     rules: list[Rule | Section] = []
     for rule in section.rules:
-        if isinstance(rule, Rule) and rule.target in PRODUCTS:
+        if isinstance(rule, Rule) and rule.target in products:
             scales = rule.target.removesuffix("weight") + "scale"
             split = rule.split if rule.split.axis == 0 else WHOLE  # what is one number a row stays whole under COLUMNS
             rules.append(replace(rule, operation=INT8, dtype="I8"))
@@ -353,7 +363,6 @@ def quantised(section: Section) -> Section:
     return replace(section, rules=tuple(rules))
 
 
-LLMS = {"float": Part("llm", "llm", LLM), "int8": Part("llm", "llm", tuple(map(quantised, LLM)))}
 MODEL = (Part("encoder", "encoder", ENCODER), Part("encoder", "adapter", ADAPTER))
 SPEECH = (
     Part("token2wav", "voice", VOICE, "F32"),

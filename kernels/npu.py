@@ -12,6 +12,7 @@ docs, native API tables; the pages of the aclnn operators):
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import sys
@@ -52,6 +53,7 @@ NZ = 29  # ACL_FORMAT_FRACTAL_NZ. Source: op-plugin docs, npu_format_cast
 CONTEXT = 2 * SNAKE_CONTEXT  # samples that a block of the anti-aliased activation needs of the next one
 BLOCK = 64  # samples of a block: a wider one multiplies more zeros, a narrower one computes more elements twice
 PHASE = BLOCK + SNAKE_CONTEXT  # elements of one phase that the samples of a block depend on
+MOST_INT8_CHANNELS = 65_535  # of one product with 8-bit weights. Source: op-plugin docs, npu_weight_quant_batchmatmul
 COMPRESSED_MASK = 2048  # sparse_mode 3 wants one triangle of this size whatever the lengths
 
 
@@ -104,17 +106,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """One launch, the weights as they lie: their transposed view is what the operator reads fastest.
 
-    It takes the scale in x.dtype: in bfloat16 a channel is off by 0.4 % at most, like one rounding of its results.
-    float32, which it does not multiply, is made of PyTorch's operators.
+    It takes the scale in x.dtype: in bfloat16 a channel is off by 0.4 % at most, like one rounding of its results. More
+    channels than it takes, those of the head, are multiplied in equal parts and joined. float32, which it does not
+    multiply, is made of PyTorch's operators.
     """
     if x.dtype == torch.float32:
         return native.linear_int8(x, weight, scale, bias)
     scale_dtype, bias_dtype = int8_dtypes[x.dtype]
-    y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
-        x.reshape(-1, x.shape[-1]), weight.t(), scale.to(scale_dtype),
-        bias=None if bias is None else bias.to(bias_dtype),
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    rows, channels = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    size = -(-channels // -(-channels // MOST_INT8_CHANNELS))
+    biases = itertools.repeat(None) if bias is None else bias.to(bias_dtype).split(size)
+    parts = [
+        torch_npu.npu_weight_quant_batchmatmul(rows, part.t(), part_scale, bias=part_bias)
+        for part, part_scale, part_bias in zip(weight.split(size), scale.to(scale_dtype).split(size), biases)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y.view(*x.shape[:-1], channels)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

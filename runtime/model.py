@@ -22,7 +22,7 @@ from covo_npu.kernels.device import Replayed, fast_dtype, open_device
 from covo_npu.kernels.errors import CovoError
 from covo_npu.kernels.select import describe
 from covo_npu.runtime import audio, rank
-from covo_npu.runtime.checkpoint.format import ENCODER, INT8, TOKEN2WAV, TOKENIZER, Manifest
+from covo_npu.runtime.checkpoint.format import ENCODER, TOKEN2WAV, TOKENIZER, Manifest
 from covo_npu.runtime.checkpoint.loader import Weights
 from covo_npu.runtime.decode import Decoder
 from covo_npu.runtime.flow import Flow
@@ -64,7 +64,7 @@ class LoadReport:
     device: str
     backend: str
     dtype: str
-    weights: str  # of the LLM's products: that dtype, or int8
+    weights: str  # of the LLM's products: that dtype, or the manifest's word for 8 bits
     token2wav_dtype: str  # of the matrix products of flow matching, "" without speech
     placed: tuple[Placed, ...]
     load_s: float
@@ -197,7 +197,7 @@ class CovoAudio:
             device=str(devices.llm),
             backend=describe(ground.kernels),
             dtype=_name(ground.dtype),
-            weights=INT8 if manifest.int8 else _name(ground.dtype),
+            weights=manifest.weights if manifest.int8 else _name(ground.dtype),
             token2wav_dtype=_name(products) if networks.token2wav is not None else "",
             placed=tuple(placed),
             load_s=time.perf_counter() - start,

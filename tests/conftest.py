@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from covo_npu.runtime.checkpoint.format import INT8
+
 DATA = Path(__file__).parent / "data"
 
 # A shell starts background jobs with SIGINT ignored, and their children inherit that: those that tests interrupt too.
@@ -46,7 +48,7 @@ def tiny_source() -> Path:
 
 @pytest.fixture(scope="session")
 def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Callable[..., Path]:
-    """A function: dtype or int8, ranks -> folder of the tiny checkpoint converted for them, once for all tests.
+    """A function: dtype or word of INT8, ranks -> folder of the tiny checkpoint converted for them, once for all tests.
 
     Do not write there. With COVO_TEST_CONVERTED in the environment they are made and kept in that folder, for several
     runs to share.
@@ -62,7 +64,7 @@ def convert_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) ->
                 done[name] = target
                 return target
             command = [Path(sys.executable).with_name("covo-convert"), "--src", tiny_source, "--dst", target]
-            option = "--weights" if dtype == "int8" else "--dtype"
+            option = "--weights" if dtype in INT8 else "--dtype"
             subprocess.run([*command, option, dtype, "--tp", str(tp)], check=True, capture_output=True)
             done[name] = target
         return done[name]

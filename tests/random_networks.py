@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -37,9 +38,9 @@ def random_voice(config: Token2WavConfig, seed: int = 0) -> Voice:
 
 
 def random_networks(
-    config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype, int8: bool = False
+    config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype, int8: Collection[str] = ()
 ) -> Networks:
-    """Return all networks on a device, the products of speech in `dtype` too, those of the LLM in 8 bits if int8."""
+    """Return all networks on a device, the products of speech in `dtype` too, those of the LLM in int8 in 8 bits."""
     networks, generator = meta_networks(config, kernels, dtype, dtype, int8), torch.Generator().manual_seed(0)
     for network in (networks.llm, networks.encoder, networks.token2wav):
         if network is not None:
@@ -57,7 +58,7 @@ def _values(name: str, empty: Tensor, generator: torch.Generator) -> Tensor:
         return _low_pass()
     if empty.dtype == torch.int8:
         return torch.randint(-127, 128, empty.shape, generator=generator).to(torch.int8)
-    if name.endswith("_proj.scale"):
+    if name.endswith(("_proj.scale", "lm_head.scale")):
         return torch.full(empty.shape, SCALE)
     if name.endswith(("alpha", "inverse_beta", "std")):
         return torch.randn(empty.shape, generator=generator).mul_(0.3).exp_()

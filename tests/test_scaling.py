@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from covo_npu.runtime.checkpoint.format import INT8
 from covo_npu.runtime.networks.files import expected_tensors
 from covo_npu.runtime.options import CODES_PER_S, LoadOptions, SpeechBlocks
 from covo_npu.tools.bench.token2wav import evaluation_flops
@@ -13,16 +14,18 @@ from covo_npu.tools.synth.config import PRESETS
 
 CONFIG = PRESETS["full"]
 LLM = CONFIG.llm
-PAGE = (Path(__file__).parents[1] / "docs/scaling.md").read_text("utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "scaling.md").read_text("utf-8")
 GB, TFLOP = 1e9, 1e12
 HALF, FULL, ONE = 2, 4, 1  # bytes of bfloat16, float32, int8
 RANKS = (1, 2, 4)
 BY_COLUMNS, BY_ROWS = ("o_proj", "down_proj"), ("qkv_proj", "gate_up_proj", "lm_head")  # shared by the ranks
-PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of the layers: in 8 bits, if any are
+EIGHT = {"int8": ("_proj",), "int8+head": ("_proj", "lm_head")}  # the ends of the names of what is in 8 bits
 LEFT, OTHERS_GB = 0.1, 1.0  # of a card: for the driver, CANN and graphs; for activations
 SPEAKING = 0.5  # of the dialogues, at any moment
 TOKENS_PER_CODE = 20 / 15  # 5 of text, then 15 codes
 ROWS = 1500  # of a dialogue that goes on
+SYSTEM_PROMPT = 241  # tokens, whose rows are in the folder
 
 
 def table(title):
@@ -32,25 +35,28 @@ def table(title):
     return [[cell.strip().replace("*", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def llm_bytes(ranks=1, int8=False):
+def width(name, weights):
+    """Bytes of a number of a tensor."""
+    stem, _, leaf = name.rpartition(".")
+    eight = leaf == "weight" and stem.endswith(EIGHT.get(weights, ("nothing",)))
+    return FULL if leaf == "scale" else ONE if eight else HALF
+
+
+def llm_bytes(ranks=1, weights="bfloat16"):
     """Bytes of a rank's file of the LLM: rows or columns of the products, as many as whole heads have; all the rest."""
     total = 0
-    for name, shape in expected_tensors(CONFIG, int8)["llm"].items():
+    for name, shape in expected_tensors(CONFIG, INT8.get(weights, ()))["llm"].items():
         kind, leaf = name.split(".")[-2:]
         shared = kind in BY_COLUMNS and leaf == "weight"
         count = -(-shape[0] // ranks) * prod(shape[1:]) if kind in BY_ROWS else prod(shape) // (ranks if shared else 1)
-        total += count * (FULL if leaf == "scale" else ONE if int8 and leaf == "weight" and kind in PRODUCTS else HALF)
+        total += count * width(name, weights)
     return total
 
 
-def part_bytes(match, int8=False):
+def part_bytes(match, weights="bfloat16"):
     """Bytes of the LLM's tensors whose name has a match."""
-    found = [
-        (name, prod(shape)) for name, shape in expected_tensors(CONFIG, int8)["llm"].items() if re.search(match, name)
-    ]
-    assert found
-    width = {"scale": FULL, "weight": ONE if int8 else HALF}
-    return sum(count * width[name.rpartition(".")[2]] for name, count in found)
+    shapes = expected_tensors(CONFIG, INT8.get(weights, ()))["llm"]
+    return sum(prod(shape) * width(name, weights) for name, shape in shapes.items() if re.search(match, name))
 
 
 def file_bytes(name, width):
@@ -68,21 +74,38 @@ def gb(count):
 
 def test_weights_by_part():
     expected = [
-        [gb(part_bytes(r"layers\..*_proj.weight")), gb(part_bytes(r"layers\..*_proj\.(weight|scale)", int8=True))],
+        [gb(part_bytes(r"layers\..*_proj.weight")), gb(part_bytes(r"layers\..*_proj\.(weight|scale)", weights="int8"))],
         [gb(part_bytes("embed_tokens"))] * 2,
         [gb(part_bytes("lm_head"))] * 2,
         [gb(ENCODER)] * 2,
         [gb(SPEECH)] * 2,
-        [gb(llm_bytes(int8=int8) + ENCODER + SPEECH) for int8 in (False, True)],
+        [gb(llm_bytes(weights=weights) + ENCODER + SPEECH) for weights in ("bfloat16", "int8")],
         [gb(SLOT)] * 2,
     ]
     assert [row[1:3] for row in table("What there is to hold")] == expected
 
 
+def test_bytes_of_the_formats():
+    """The table of docs/int8.md."""
+    page = (DOCS / "int8.md").read_text("utf-8")
+    found = [line.strip("|").split("|") for line in page.splitlines() if "GB |" in line]
+    of_head, read = "lm_head", r"layers\.|norm|lm_head"
+    expected = []
+    for weights in ("bfloat16", *INT8):
+        whole = llm_bytes(weights=weights)
+        parts = (r"_proj\.(weight|scale)", of_head, read)
+        products, head, token = (f"{part_bytes(part, weights) / GB:.2f} GB" for part in parts)
+        folder = f"{(whole + ENCODER + SPEECH + SYSTEM_PROMPT * ROW) / GB:.1f} GB"
+        expected.append([products, head, token, f"{whole / GB:.2f} GB", folder])
+    assert [[cell.strip() for cell in row[1:4]] for row in found[:5]] == [list(row) for row in zip(*expected)]
+    scales = [f"{part_bytes('scale$', weights) / 1e6:.1f} MB" for weights in ("bfloat16", *INT8)]
+    assert f"| of both, scales | {' | '.join(scales)} |" in page
+
+
 def test_bytes_of_a_rank():
     expected = [
         ["bfloat16, LLM", *(gb(llm_bytes(ranks)) for ranks in RANKS)],
-        ["int8, LLM", *(gb(llm_bytes(ranks, int8=True)) for ranks in RANKS)],
+        ["int8, LLM", *(gb(llm_bytes(ranks, weights="int8")) for ranks in RANKS)],
         ["KV cache, a slot of 8192 tokens", *(gb(SLOT / ranks) for ranks in RANKS)],
     ]
     assert table("What a rank holds") == expected
@@ -90,20 +113,21 @@ def test_bytes_of_a_rank():
         assert LLM.num_heads % ranks == LLM.num_kv_heads % ranks == LLM.intermediate_size % ranks == 0
 
 
-def slots(card_gb, ranks, int8):
+def slots(card_gb, ranks, weights):
     """Slots that fit on each of some cards; rank 0 has the encoder and speech, too."""
-    room = card_gb * (1 - LEFT) * GB - OTHERS_GB * GB - llm_bytes(ranks, int8) - ENCODER - SPEECH
+    room = card_gb * (1 - LEFT) * GB - OTHERS_GB * GB - llm_bytes(ranks, weights) - ENCODER - SPEECH
     return int(room // (SLOT / ranks))
 
 
 def test_slots_that_fit():
     expected = []
     for card in (32, 64):
-        expected.append([f"bfloat16, {card} GB", *(str(slots(card, ranks, int8=False)) for ranks in RANKS)])
+        expected.append([f"bfloat16, {card} GB", *(str(slots(card, ranks, "bfloat16")) for ranks in RANKS)])
     for card in (32, 64):
-        expected.append([f"int8, {card} GB", *(str(slots(card, ranks, int8=True)) for ranks in RANKS)])
+        expected.append([f"int8, {card} GB", *(str(slots(card, ranks, "int8")) for ranks in RANKS)])
     assert table("How many dialogues fit") == expected
-    assert slots(16, 1, int8=False) < 0 and slots(16, 1, int8=True) == 3  # as the text says
+    assert [slots(16, 1, weights) for weights in ("int8", "int8+head")] == [3, 4]  # as the text says
+    assert slots(16, 1, "bfloat16") < 0
 
 
 BLOCKS = SpeechBlocks()
@@ -165,7 +189,7 @@ def test_what_a_rank_gains():
 
 
 def test_what_decoding_costs():
-    eight = part_bytes(r"layers\..*_proj\.(weight|scale)", int8=True) + part_bytes("lm_head")
+    eight = part_bytes(r"layers\..*_proj\.(weight|scale)", weights="int8") + part_bytes("lm_head")
     expected = []
     for count in (1, 8, 32, 64):
         cells = [f"{count}"]

@@ -28,7 +28,10 @@ LAYOUT_VERSION = 2
 READABLE = (1, LAYOUT_VERSION)
 # What older layouts hold and nothing reads any more. Version 1: the mel filter bank; and generation_config.json.
 RETIRED = frozenset({"frontend.mel_filters"})
-INT8 = "int8"  # the weights of the LLM's products: I8 [N, K], each with a scale F32 [N] beside it
+LAYERS, HEAD = "layers", "head"
+# The words for weights in 8 bits: which of the LLM's products are I8 [N, K], each with a scale F32 [N] beside it. Under
+# any other word, a dtype, none is.
+INT8 = {"int8": (LAYERS,), "int8+head": (LAYERS, HEAD)}
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.safetensors"
@@ -86,13 +89,18 @@ class Manifest:
     layout_version: int
     producer: str
     dtype: str  # of the LLM and the encoder: "bfloat16", "float16" or "float32"; token2wav is always float32
-    int8: bool  # whether the products of the LLM's layers are held in 8 bits
+    weights: str  # of the LLM's products: that dtype, or a word of INT8
     ranks: tuple[str, ...]  # the LLM's file of each tensor-parallel rank
     config: ModelConfig
     special_tokens: Mapping[str, int]
     files: Mapping[str, FileRecord]
     left_out: Mapping[str, Any]
     source: Mapping[str, Any]
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        """Which of the LLM's products are held in 8 bits: LAYERS, HEAD."""
+        return INT8.get(self.weights, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,16 +292,17 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
     require_plausible(config, f"{where}: config")
     dtype = _take(body, "dtype", str, where)
     weights = body.get("weights", dtype)  # a checkpoint that does not say has one dtype
-    if weights not in (dtype, INT8):
+    if weights not in (dtype, *INT8):
+        expected = ", ".join((dtype, *INT8))
         raise CheckpointError(
-            f"{where}: weights: expected {dtype} or {INT8}, found {weights!r:.80}; upgrade covo-npu, or convert again"
+            f"{where}: weights: expected one of {expected}, found {weights!r:.80}; upgrade covo-npu, or convert again"
         )
     return Manifest(
         folder=folder,
         layout_version=body["layout_version"],
         producer=_take(body, "producer", str, where),
         dtype=dtype,
-        int8=weights == INT8,
+        weights=weights,
         ranks=ranks,
         config=config,
         special_tokens=special,

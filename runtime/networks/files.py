@@ -6,7 +6,7 @@ assignment: the runtime never initialises a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ def meta_networks(
     kernels: Kernels | Backends,
     dtype: torch.dtype = torch.float32,
     speech_dtype: torch.dtype = torch.float32,
-    int8: bool = False,
+    int8: Collection[str] = (),
     group: Group = ALONE,
 ) -> Networks:
     """Return the networks on the meta device.
@@ -83,10 +83,11 @@ def meta_networks(
         )
 
 
-def expected_tensors(config: ModelConfig, int8: bool = False, tp: int = 1) -> dict[str, dict[str, Shape]]:
+def expected_tensors(config: ModelConfig, int8: Collection[str] = (), tp: int = 1) -> dict[str, dict[str, Shape]]:
     """Return {file stem: {tensor: shape}} of a checkpoint for this config: what the networks want, from themselves.
 
-    tp: ranks that share the LLM. What one of them wants, all want. Raises ConfigError if they cannot share it.
+    int8: see Qwen2; tp: ranks that share the LLM. What one of them wants, all want. Raises ConfigError if they cannot
+    share it.
     """
     networks = meta_networks(config, select("reference", torch.device("cpu")), int8=int8, group=Group(0, tp))
     files = {"llm": wanted_shapes(networks.llm, LLM_PREFIX), "encoder": wanted_shapes(networks.encoder)}

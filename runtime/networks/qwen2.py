@@ -3,7 +3,7 @@
 Source: arXiv 2407.10671; the order of roundings is that of transformers' Qwen2.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.checkpoint.format import HEAD, LAYERS
 from covo_npu.runtime.networks.cache import KVCache
 from covo_npu.runtime.networks.layers import Int8Linear, Linear, RMSNorm, Stack, Weight
 from covo_npu.runtime.parallel import ALONE, Group
 
 PREFILL_CHUNK = 2048  # tokens of one forward pass: bounds the activations of long prompts
 
+Product = type[Linear | Int8Linear]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [T, H, D], key cache, value cache) -> [T, H, D]
 
 
@@ -39,11 +41,11 @@ class DecoderLayer(nn.Module):
     """Attention and SwiGLU, each behind a norm. A branch is added to the residual stream by the next norm."""
 
     def __init__(
-        self, config: LLMConfig, kernels: Kernels, dtype: torch.dtype | None, int8: bool, group: Group
+        self, config: LLMConfig, kernels: Kernels, dtype: torch.dtype | None, product: Product, group: Group
     ) -> None:
-        """config: the sizes of one rank of the group; the others as for Qwen2."""
+        """config: the sizes of one rank of the group; product: the class of its products; the others as for Qwen2."""
         super().__init__()
-        self.kernels, self.group, product = kernels, group, Int8Linear if int8 else Linear
+        self.kernels, self.group = kernels, group
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         size, width, wide = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -91,20 +93,21 @@ class Qwen2(nn.Module):
         config: LLMConfig,
         kernels: Kernels,
         dtype: torch.dtype | None = None,
-        int8: bool = False,
+        int8: Collection[str] = (),
         group: Group = ALONE,
     ) -> None:
         """config: the sizes of the whole; dtype: of the activations and, but for int8, of the weights.
 
-        int8: the products of the layers in 8 bits. Raises ConfigError if the ranks cannot share the sizes.
+        int8: which products are in 8 bits, LAYERS, HEAD. Raises ConfigError if the ranks cannot share the sizes.
         """
         super().__init__()
         self.kernels, self.scale, self.group = kernels, config.head_dim**-0.5, group
         self.vocab_size, self.sizes = config.vocab_size, config.of_rank(group.size)
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, int8, group) for _ in range(config.num_layers))
+        layers, head = (Int8Linear if part in int8 else Linear for part in (LAYERS, HEAD))
+        self.layers = Stack(DecoderLayer(self.sizes, kernels, dtype, layers, group) for _ in range(config.num_layers))
         self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = Linear(kernels, config.hidden_size, config.head_rows(group.size), bias=False, dtype=dtype)
+        self.lm_head = head(kernels, config.hidden_size, config.head_rows(group.size), bias=False, dtype=dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return embeddings [T, C]. input_ids: [T] int64."""

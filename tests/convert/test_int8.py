@@ -21,10 +21,10 @@ from torch import Tensor
 from covo_npu.convert.quantize import QuantisedReader
 from covo_npu.convert.reading import CAST_BYTES, Reading
 from covo_npu.convert.shards import SourceTensor
-from covo_npu.runtime.checkpoint.format import PREFIX, read_manifest
+from covo_npu.runtime.checkpoint.format import ENCODER, INT8, PREFIX, TOKEN2WAV, read_manifest
 from covo_npu.tools.check.ckpt import examine_folder
 
-TARGET = "llm.layers.1.down_proj"
+TARGET, HEAD = "llm.layers.1.down_proj", "llm.lm_head"
 PRODUCTS = {"qkv_proj": 3, "o_proj": 1, "gate_up_proj": 2, "down_proj": 1}  # and how many matrices each is made of
 
 
@@ -33,21 +33,31 @@ def folder(convert_tiny: Callable[[str], Path]) -> Path:
     return convert_tiny("int8")
 
 
+@pytest.fixture(scope="module")
+def with_head(convert_tiny: Callable[[str], Path]) -> Path:
+    return convert_tiny("int8+head")
+
+
 def stock(source: Path, name: str) -> np.ndarray:
     """A matrix of the source in float64, with the parts of a fused one one after another."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(source.glob("model-*.safetensors")):
         tensors |= load_file(shard)
+    if name == HEAD:
+        return tensors["llm.lm_head.weight"].double().numpy()
     layer, _, kind = name.removeprefix("llm.").rpartition(".")
     parts = {"qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o_proj": ["self_attn.o_proj"],
              "gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"], "down_proj": ["mlp.down_proj"]}[kind]  # fmt: skip
     return np.concatenate([tensors[f"llm.model.{layer}.{part}.weight"].double().numpy() for part in parts])
 
 
-def test_numbers_and_scales_are_those_of_the_formula(folder: Path, tiny_source: Path) -> None:
-    tensors = load_file(folder / LLM)
+@pytest.mark.parametrize(("weights", "more"), [("int8", []), ("int8+head", [HEAD])])
+def test_numbers_and_scales_are_those_of_the_formula(
+    weights: str, more: list[str], convert_tiny: Callable[[str], Path], tiny_source: Path
+) -> None:
+    tensors = load_file(convert_tiny(weights) / LLM)
     names = [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.int8]
-    assert {name.rpartition(".")[2] for name in names} == set(PRODUCTS) and len(names) == 4 * 3
+    assert sorted(names) == sorted([f"llm.layers.{layer}.{name}" for name in PRODUCTS for layer in range(3)] + more)
     for name in names:
         source, scale = stock(tiny_source, name), tensors[f"{name}.scale"]
         largest = np.abs(source).max(1)
@@ -68,14 +78,31 @@ def test_everything_else_is_as_without(folder: Path, convert_tiny: Callable[[str
     assert all(torch.equal(ours[name], theirs[name]) for name in kept)
     for file in ("encoder.safetensors", "token2wav.safetensors", "tokenizer.json"):
         assert filecmp.cmp(folder / file, plain / file, shallow=False)
-    assert (read_manifest(folder).int8, read_manifest(plain).int8) == (True, False)
+    assert (read_manifest(folder).int8, read_manifest(plain).int8) == (("layers",), ())
     assert read_manifest(folder).dtype == "bfloat16"
     assert json.loads((folder / "manifest.json").read_text())["weights"] == "int8"
 
 
-def test_scales_stand_behind_their_weights(folder: Path) -> None:
-    order = [name for name in read_manifest(folder).files[LLM].tensors if name.startswith("llm.layers.0.")]
-    assert order[1:4] == [f"llm.layers.0.qkv_proj.{kind}" for kind in ("weight", "scale", "bias")]
+def test_with_the_head_only_the_head_is_another(with_head: Path, folder: Path) -> None:
+    """The system prompt, too, which never meets the head, is the same."""
+    ours, theirs = load_file(with_head / LLM), load_file(folder / LLM)
+    of_layers = {name for name in theirs if not name.startswith("__pad.")} - {f"{HEAD}.weight"}
+    assert {name for name in ours if not name.startswith("__pad.")} - of_layers == {f"{HEAD}.weight", f"{HEAD}.scale"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in of_layers)
+    for file in (ENCODER, TOKEN2WAV, "tokenizer.json", PREFIX):
+        assert filecmp.cmp(with_head / file, folder / file, shallow=False)
+    assert read_manifest(with_head).int8 == ("layers", "head")
+    bodies = [json.loads((each / "manifest.json").read_text()) for each in (with_head, folder)]
+    assert [body["weights"] for body in bodies] == ["int8+head", "int8"]
+    assert {key for key in bodies[0] if bodies[0][key] != bodies[1][key]} == {
+        *("weights", "files", "tensors", "manifest_xxh3_128")
+    }
+
+
+def test_scales_stand_behind_their_weights(with_head: Path) -> None:
+    order = list(read_manifest(with_head).files[LLM].tensors)
+    assert order[2:5] == [f"llm.layers.0.qkv_proj.{kind}" for kind in ("weight", "scale", "bias")]
+    assert order[-3:] == ["llm.norm.weight", f"{HEAD}.weight", f"{HEAD}.scale"]
 
 
 def test_the_same_source_gives_the_same_bytes_whatever_the_threads(
@@ -138,6 +165,12 @@ def test_a_value_that_is_not_finite_is_named(value: float, source: Path, convert
     assert not (tmp_path / "target").exists()
 
 
+def test_a_value_of_the_head_that_is_not_finite_is_named(source: Path, convert) -> None:
+    edit_shard(source / SHARDS[-1], lambda t: t["llm.lm_head.weight"][608, 223].fill_(float("nan")))
+    outcome = convert(source, "--weights", "int8+head")
+    assert outcome.code == 1 and "llm.lm_head.weight in " in outcome.err
+
+
 def test_values_beyond_float32_are_named(source: Path, convert) -> None:
     edit_shard(source / SHARDS[3], lambda t: t.update({VALUES: t[VALUES].double() * 1e300}))
     outcome = convert(source, "--weights", "int8")
@@ -181,31 +214,55 @@ def test_a_dry_run_shows_both_sizes(tiny_source: Path, convert) -> None:
     assert ": scales [224] F32 in llm-rank0of1.safetensors" in line
 
 
-def test_other_formats_are_a_usage_error(tiny_source: Path, convert) -> None:
-    assert convert(tiny_source, "--weights", "int4").code == 2
+def test_a_dry_run_shows_the_head_and_what_it_saves(tiny_source: Path, convert, tmp_path: Path) -> None:
+    """Of 16 bits a number 8 are left, and 32 a row are added."""
+    reports = []
+    for weights in ("int8", "int8+head"):
+        file = tmp_path / f"{weights}.json"
+        assert convert(tiny_source, "--weights", weights, "--dry-run", "-v", "--json", str(file)).code == 0
+        reports.append(json.loads(file.read_text()))
+    rows, columns = stock(tiny_source, HEAD).shape
+    layers, head = reports
+    assert layers["bytes_out"] - head["bytes_out"] == rows * columns - 4 * rows
+    assert [report["weights"] for report in reports] == ["int8", "int8+head"]
+    assert [report["operations"]["quantised"] for report in reports] == [12, 13]
+    found = {row["target"]: row for row in head["tensors"]}
+    assert (found[f"{HEAD}.weight"]["dtype"], found[f"{HEAD}.weight"]["operation"]) == ("I8", "int8")
+    assert (found[f"{HEAD}.scale"]["dtype"], found[f"{HEAD}.scale"]["shape"]) == ("F32", [rows])
+
+
+@pytest.mark.parametrize("weights", ["int4", "head", "int8+embed"])
+def test_other_formats_are_a_usage_error(weights: str, tiny_source: Path, convert) -> None:
+    assert convert(tiny_source, "--weights", weights).code == 2
 
 
 # --- covo-check ckpt --src
 
 
-CHANGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
-    "a number": lambda t: t[f"{TARGET}.weight"][7, 9].add_(1 - 2 * (t[f"{TARGET}.weight"][7, 9] > 0).to(torch.int8)),
-    "a scale": lambda t: t[f"{TARGET}.scale"][7].mul_(1 + 2**-20),
-    "swapped rows": lambda t: t[f"{TARGET}.weight"].copy_(t[f"{TARGET}.weight"].roll(1, 0)),
-    "swapped scales": lambda t: t[f"{TARGET}.scale"].copy_(t[f"{TARGET}.scale"].roll(1, 0)),
+CHANGES: dict[str, Callable[[dict[str, Tensor], str], object]] = {
+    "a number": lambda t, n: t[f"{n}.weight"][7, 9].add_(1 - 2 * (t[f"{n}.weight"][7, 9] > 0).to(torch.int8)),
+    "a scale": lambda t, n: t[f"{n}.scale"][7].mul_(1 + 2**-20),
+    "swapped rows": lambda t, n: t[f"{n}.weight"].copy_(t[f"{n}.weight"].roll(1, 0)),
+    "swapped scales": lambda t, n: t[f"{n}.scale"].copy_(t[f"{n}.scale"].roll(1, 0)),
 }
 
 
-def test_a_sound_checkpoint_holds_against_its_source(folder: Path, tiny_source: Path) -> None:
-    assert examine_folder(folder, tiny_source, None).holds
+@pytest.mark.parametrize("weights", INT8)
+def test_a_sound_checkpoint_holds_against_its_source(
+    weights: str, convert_tiny: Callable[[str], Path], tiny_source: Path
+) -> None:
+    assert examine_folder(convert_tiny(weights), tiny_source, None).holds
 
 
+@pytest.mark.parametrize("target", [TARGET, HEAD])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_under_a_right_checksum_is_found(change: str, folder: Path, tiny_source: Path, tmp_path: Path) -> None:
-    ckpt = changed(folder, tmp_path / "ckpt", CHANGES[change])
+def test_a_change_under_a_right_checksum_is_found(
+    change: str, target: str, with_head: Path, tiny_source: Path, tmp_path: Path
+) -> None:
+    ckpt = changed(with_head, tmp_path / "ckpt", lambda tensors: CHANGES[change](tensors, target))
     remove_file(ckpt, PREFIX)  # it has seen the right weights
     (finding,) = [f for f in examine_folder(ckpt, tiny_source, None).findings if f.holds is False]
-    assert finding.name == "tensors against the source" and TARGET in finding.measured
+    assert finding.name == "tensors against the source" and target in finding.measured
 
 
 def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

@@ -18,22 +18,22 @@ from torch import Tensor
 from covo_npu.convert import rules
 from covo_npu.convert.plan import recipes
 from covo_npu.runtime.checkpoint.config import ConfigError, LLMConfig
-from covo_npu.runtime.checkpoint.format import PREFIX, read_manifest
+from covo_npu.runtime.checkpoint.format import INT8, PREFIX, read_manifest
 from covo_npu.runtime.networks.files import expected_tensors
 from covo_npu.tools.check.ckpt import examine_folder
 from covo_npu.tools.synth.config import PRESETS
 
 CUT_ROWS = (
     *("qkv_proj.weight", "qkv_proj.bias", "gate_up_proj.weight", "lm_head.weight"),
-    *("qkv_proj.scale", "gate_up_proj.scale"),
+    *("qkv_proj.scale", "gate_up_proj.scale", "lm_head.scale"),
 )
 CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
-INT8 = ("--weights", "int8")
-
-
-@pytest.fixture(params=[(2, ()), (4, ()), (2, INT8), (4, INT8)], ids=["2", "4", "2 int8", "4 int8"])
+@pytest.fixture(
+    params=[(size, weights) for weights in ((), *(("--weights", word) for word in INT8)) for size in (2, 4)],
+    ids=lambda param: " ".join([str(param[0]), *param[1][1:]]),
+)
 def pair(request: pytest.FixtureRequest, tiny_source: Path, tmp_path: Path, convert: Callable) -> tuple[Path, ...]:
     """(source, checkpoint of one rank, checkpoint of several): two of the pack's heads, four of a made one."""
     size, weights = request.param
@@ -116,8 +116,8 @@ def test_a_rank_of_the_published_size_has_its_part_of_the_bytes():
         assert sum(prod(shape) for shape in shapes.values()) == matrices + vectors + tables
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_every_matrix_of_the_layers_says_how_it_is_split(int8: bool):
+@pytest.mark.parametrize("int8", [(), *INT8.values()], ids=["float", *INT8])
+def test_every_matrix_of_the_layers_says_how_it_is_split(int8: tuple[str, ...]):
     """A product that no rule splits would be computed by all ranks and summed."""
     made = [recipe for recipe in recipes(PRESETS["tiny"], int8=int8) if recipe.file == "llm"]
     by_rows = {recipe.target for recipe in made if recipe.split in (rules.HEADS, rules.SPLIT_ROWS)}

@@ -11,22 +11,23 @@ from covo_npu.convert.plan import recipes
 from covo_npu.convert.shards import INDEX, read_shards
 from covo_npu.convert.source import open_source
 from covo_npu.runtime.checkpoint.config import ModelConfig
+from covo_npu.runtime.checkpoint.format import INT8
 from covo_npu.runtime.networks.files import expected_tensors
 from covo_npu.tools.synth.config import PRESETS
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [(), *INT8.values()], ids=["float", *INT8])
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_rules_make_each_tensor_of_the_networks_once_in_its_file(config: ModelConfig, int8: bool):
+def test_rules_make_each_tensor_of_the_networks_once_in_its_file(config: ModelConfig, int8: tuple[str, ...]):
     made = [(recipe.file, recipe.target) for recipe in recipes(config, int8=int8)]
     wanted = [(file, name) for file, tensors in expected_tensors(config, int8).items() for name in tensors]
     assert max(Counter(made).values()) == 1
     assert set(made) == set(wanted)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [(), *INT8.values()], ids=["float", *INT8])
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_shapes_of_the_sources_add_up_to_those_of_the_networks(config: ModelConfig, int8: bool):
+def test_shapes_of_the_sources_add_up_to_those_of_the_networks(config: ModelConfig, int8: tuple[str, ...]):
     shapes = {name: shape for tensors in expected_tensors(config, int8).values() for name, shape in tensors.items()}
     by_operation = {
         "rows": lambda needs: (sum(n.shape[0] for n in needs), *needs[0].shape[1:]),

@@ -33,6 +33,8 @@ SAMPLING = ("tests/runtime/test_sampling.py",)
 FLOW = ("tests/runtime/test_flow.py",)
 SPEECH = ("tests/runtime/test_goldens.py::test_token2wav", "-k", "15")
 MEL = ("tests/runtime/test_audio.py::test_mel_segments_and_placeholders_are_upstreams", "-k", "question_en")
+RANKS = ("tests/convert/test_ranks.py::test_the_ranks_files_hold_each_row_and_column_of_the_whole_once", "-k", "head")
+STEP = ("tests/tools/test_bench_decode.py", "-k", "of_the_file")
 FOLD = ("tests/convert/test_transforms.py", "-k", "weight_norm")
 
 
@@ -53,6 +55,7 @@ ROWS = "cache.first_rows[slot] + {}[:, None]"
 LAST = "round_.before, tuple(round_.tokens{})"
 CHOICE = "torch.where(scores > 0, scores {} penalty, scores {} penalty)"
 RECENT = "torch.cat((self._recent[slots, 1:], {}), dim=1)"
+SCALES, ROW = "scales[{} : share.stop]", "head_dim * {}.itemsize"
 STD = "self.mean + latents * self.std"
 SINUSOID = "torch.cat((angles.{}(), angles.{}()))"
 
@@ -63,6 +66,8 @@ MUTANTS = (
     Mutant("gate-and-up", NATIVE, "gate, up = gate_up.chunk", "up, gate = gate_up.chunk", KERNELS),
     Mutant("gelu", NATIVE, "return F.gelu(x)\n", 'return F.gelu(x, approximate="tanh")\n', KERNELS),
     Mutant("int8-scale", NATIVE, "* scale[rows].float()", "* scale[rows].float().mean()", KERNELS),
+    Mutant("scales-of-a-rank", "convert/write.py", SCALES.format("share.start"), SCALES.format("share.zeros"), RANKS),
+    Mutant("step-bytes", "tools/bench/decode.py", ROW.format("model.dtype"), ROW.format("llm.lm_head.weight"), STEP),
     Mutant("anti-alias", NATIVE, "for first in (11, 10)", "for first in (10, 11)", VOCODER_KERNELS),
     Mutant("edge", NATIVE, "even[..., -3:] = odd[..., -3:-2]", "even[..., -3:] = odd[..., -2:-1]", VOCODER_KERNELS),
     Mutant("frequencies", "runtime/networks/rotary.py", "/ head_dim)", "/ (head_dim + 2))", DIALOGUE),

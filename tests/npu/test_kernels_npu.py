@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
+from emulation import device as emulated
 from kernels.kernel_cases import CASES, Case
 from kernels.test_kernels import DTYPES, as_tensor, bounds, prepared, run, within
 from torch import Tensor
@@ -115,6 +116,31 @@ def test_faults_that_the_device_makes_easy_are_caught(function: str) -> None:
     case = [case for case in CASES if case.function == function][-1]  # of the two prefills that with a longer cache
     dtype = torch.float16 if function in ("gelu", "prefill_attention", "decode_attention") else torch.bfloat16
     assert not meets_the_textbook(mutated(**{function: MUTANTS[function]}), case, dtype)
+
+
+@pytest.mark.parametrize(("channels", "products"), [(65535, 1), (65536, 2), (168055, 3)])
+@torch.inference_mode()
+def test_more_channels_than_one_product_takes_are_several(channels: int, products: int) -> None:
+    """Channel by channel: x is one, so that each result is a number times its scale, both exact in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (channels, 32), generator=generator, dtype=torch.int8)
+    scale = 2.0 ** torch.randint(-9, 3, (channels,), generator=generator)
+    bias = torch.arange(channels).remainder(7).float()
+    x = torch.eye(3, 32, dtype=torch.bfloat16)  # picks the first three numbers of each channel
+    there = [tensor.to(DEVICE) for tensor in (x, weight, scale.bfloat16())]
+    with emulated.log.recording() as log:
+        found = npu.linear_int8(*there).cpu()
+        with_bias = npu.linear_int8(*there, bias.to(DEVICE)).cpu()
+    assert torch.equal(found.float(), weight[:, :3].T * scale)
+    assert torch.equal(with_bias, (weight[:, :3].T * scale + bias).bfloat16())
+    assert sum("weight_quant" in operator for operator, _ in log.launches) == 2 * products
+
+
+def test_one_product_of_all_channels_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npu, "MOST_INT8_CHANNELS", 10**6)
+    x, weight, scale = (torch.ones(*shape, device=DEVICE) for shape in ((1, 32), (65536, 32), (65536,)))
+    with pytest.raises(RuntimeError, match=r"K and N 1\.\.65535"):
+        npu.linear_int8(x.bfloat16(), weight.to(torch.int8), scale.bfloat16())
 
 
 def test_every_function_is_there() -> None:

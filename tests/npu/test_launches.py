@@ -5,6 +5,7 @@ Heads are those of the real model, other widths are small; the numbers of operat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from emulation import device
 from emulation.forecast import VERSIONS, npu_operators
 from emulation.launches import Counts, Recorder, count
-from emulation.stages import MadeUp, Stages, made_up
+from emulation.stages import MadeUp, Stages, deep_and_thin, made_up
 
 from covo_npu.kernels import native, npu
+from covo_npu.runtime.checkpoint.format import INT8 as INT8_WORDS
 from covo_npu.tools.bench.stock_decode import Stock
 from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
 from covo_npu.tools.synth.config import PRESETS
@@ -115,7 +117,7 @@ INT8 = "npu::npu_weight_quant_batchmatmul"
 @pytest.fixture(scope="module")
 def eight() -> MadeUp:
     """The same networks with weights in 8 bits."""
-    return made_up("npu:0", int8=True)
+    return made_up("npu:0", int8=INT8_WORDS["int8"])
 
 
 def products_in_8_bits(found: Counts) -> int:
@@ -136,9 +138,21 @@ def test_scales_of_another_dtype_would_cost_launches(
 ) -> None:
     """The mutant: scales and biases as they lie in the file would be cast at every product."""
     monkeypatch.setattr(npu, "int8_dtypes", native.int8_dtypes)
-    wasteful = made_up("npu:0", int8=True)
+    wasteful = made_up("npu:0", int8=INT8_WORDS["int8"])
     monkeypatch.undo()
     assert counts(wasteful, "decode")["decode"].launches > ours["decode"].launches
+
+
+def test_a_head_of_the_published_size_in_8_bits_is_three_products_and_a_join(
+    eight: MadeUp, ours: dict[str, Counts]
+) -> None:
+    """168055 rows, of which one product takes 65535. A decoded token keeps to its budget, and waits no more."""
+    config = deep_and_thin()
+    published = replace(config, llm=replace(config.llm, vocab_size=PRESETS["full"].llm.vocab_size))
+    found = counts(made_up("npu:0", published, int8=INT8_WORDS["int8+head"]), "decode")["decode"]
+    assert products_in_8_bits(found) == 4 * LAYERS + 3
+    assert found.launches == counts(eight, "decode")["decode"].launches + 3 <= BUDGETS["decode"]
+    assert (found.waits, found.on_aicpu) == (ours["decode"].waits, ours["decode"].on_aicpu)
 
 
 def test_kernels_that_waste_launches_break_the_budgets(model: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:

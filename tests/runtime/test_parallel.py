@@ -232,7 +232,7 @@ def test_ranks_capture_steps_together_or_not_at_all(
     assert reply.tokens == expected["r0_tokens"].tolist() and not tape.captures
 
 
-@pytest.mark.parametrize("weights", [(), ("--weights", "int8")], ids=["float32", "int8"])
+@pytest.mark.parametrize("weights", [(), ("--weights", "int8+head")], ids=["float32", "int8+head"])
 def test_four_ranks_answer_as_one_does(
     no_ranks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[str, ...]
 ) -> None:

@@ -12,11 +12,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from covo_npu.convert.transforms import quantise
 from covo_npu.kernels import cpu, native, reference
 from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.checkpoint.format import INT8
 from covo_npu.runtime.networks import qwen2
 from covo_npu.runtime.networks.cache import KVCache, allocate
 from covo_npu.runtime.networks.qwen2 import Qwen2
 
 CPU = torch.device("cpu")
+EIGHT = ("_proj.weight", "lm_head.weight")  # what is in 8 bits, by the ends of the names
 TINY = LLMConfig(3, 96, 6, 2, 16, 160, 211, 1e-6, 1e6, 4096)
 REAL_LAYER = LLMConfig(1, 3584, 28, 4, 128, 18944, 64, 1e-6, 1e6, 131072)
 
@@ -61,16 +63,16 @@ def ours(model: Qwen2ForCausalLM, config: LLMConfig, kernels=native) -> Qwen2:
 
 
 def in_8_bits(model: Qwen2ForCausalLM, config: LLMConfig, kernels=native) -> Qwen2:
-    """Our network in 8 bits; the weights of `model` become what those stand for."""
+    """Our network in 8 bits, layers and head; the weights of `model` become what those stand for."""
     tensors = ours(model, config).state_dict()
-    for name in [name for name in tensors if "_proj.weight" in name]:
+    for name in [name for name in tensors if name.endswith(EIGHT)]:
         tensors[name], tensors[name.replace("weight", "scale")] = quantise(tensors[name])
     with torch.device("meta"):
-        network = Qwen2(config, kernels, int8=True)
+        network = Qwen2(config, kernels, int8=INT8["int8+head"])
     network.load_state_dict(tensors, strict=True, assign=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_proj.weight" in name:
+            if name.endswith(EIGHT):
                 numbers, scale = quantise(parameter)
                 parameter.copy_(numbers * scale[:, None])
     return network

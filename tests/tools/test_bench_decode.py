@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from covo_npu.runtime import CovoAudio
+from covo_npu.runtime.checkpoint.format import INT8
 from covo_npu.runtime.networks.cache import allocate
 from covo_npu.tools.bench import decode as bench_decode
 from covo_npu.tools.bench.stock_decode import Stock, prefill_operations
@@ -45,6 +46,17 @@ def test_the_bytes_of_a_step(model: CovoAudio) -> None:
     assert bench_decode.step_bytes(model, 100, 3) == weights + 300 * row
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", *INT8])
+def test_the_bytes_of_a_step_are_those_of_the_file(weights: str, convert_tiny: Callable[[str], Path]) -> None:
+    """All tensors of the LLM's file but the embeddings, and rows of 16 bits whatever the weights are."""
+    model = CovoAudio.load(convert_tiny(weights), device="cpu", speech=False, max_context=64)
+    config, (file,) = model.config.llm, model.manifest.ranks
+    tensors = model.manifest.files[file].tensors
+    read = sum(place.bytes for name, place in tensors.items() if name != "llm.embed_tokens.weight")
+    row = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+    assert bench_decode.step_bytes(model, 100, 3) == read + 300 * row
+
+
 def test_the_operations_of_a_prefill(convert_tiny: Callable[[str], Path]) -> None:
     """Against PyTorch's counter over the reference kernels, whose matrix products it all knows.
 
@@ -73,13 +85,16 @@ def test_the_command_writes_what_it_shows(convert_tiny: Callable[[str], Path], t
     assert report["question"][0]["tokens"] == report["question"][1]["tokens"]
 
 
-def test_weights_in_8_bits_are_measured_alone(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """Half the bytes a step in the layers, and nothing to compare with."""
-    options = ["--ckpt", str(convert_tiny("int8")), "--device", "cpu", "--max-new-tokens", "4", "--steps", "4"]
+@pytest.mark.parametrize("weights", INT8)
+def test_weights_in_8_bits_are_measured_alone(
+    weights: str, convert_tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """There is nothing to compare with."""
+    options = ["--ckpt", str(convert_tiny(weights)), "--device", "cpu", "--max-new-tokens", "4", "--steps", "4"]
     rows = ["--runs", "1", "--context", "20", "--batch", "1", "--batch", "2", "--json", str(tmp_path / "a.json")]
     found = CliRunner().invoke(bench_decode.command, [*options, *rows], catch_exceptions=False)
     report = json.loads((tmp_path / "a.json").read_text())
-    assert (found.exit_code, report["weights"]) == (0, "int8")
+    assert (found.exit_code, report["weights"]) == (0, weights)
     assert [(row["path"], row["batch"]) for row in report["steps"]] == [("ours", 1), ("ours", 2)]
     assert [row["path"] for row in report["question"]] == ["ours", "ours, second dialogue"]
     assert len(report["said"]) == 1 and report["said"][0].startswith("floors: ")

@@ -21,6 +21,7 @@ from covo_npu.runtime import wav
 from covo_npu.runtime.checkpoint.format import PREFIX, read_manifest
 from covo_npu.runtime.model import CovoAudio
 from covo_npu.runtime.networks.adapter import Adapter
+from covo_npu.runtime.networks.qwen2 import DecoderLayer
 from covo_npu.runtime.options import LoadOptions
 from covo_npu.runtime.parallel import Collectives
 from covo_npu.tools import question
@@ -261,13 +262,17 @@ def test_doctor_says_who_multiplies(convert_tiny):
     assert "no answer" in as_text(silent) and not failed(silent)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_doctor_advises_on_memory(dtype, convert_tiny, with_npu, monkeypatch):
+@pytest.mark.parametrize(("dtype", "less"), [("bfloat16", "int8"), ("int8", "int8+head"), ("int8+head", None)])
+def test_doctor_advises_on_memory(dtype, less, convert_tiny, with_npu, monkeypatch):
+    """The tiny model, whose bytes and format it names, is advised to the next smaller format."""
     monkeypatch.setattr(check_doctor, "available_memory_bytes", lambda: 3.0e9)
     small = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0", "free": check_doctor.ACTIVATION_BYTES})
-    said = {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=small).findings}
+    findings = {f.name: f for f in doctor(ckpt=convert_tiny(dtype), npu=small).findings}
+    said = {name: finding.fix for name, finding in findings.items()}
+    assert (f"products of the LLM in {dtype}, " in findings["checkpoint"].measured) == (dtype != "bfloat16")
     assert "speed of the disk" in said["memory"] and "run out of memory" in said["NPU memory"]
-    assert all(("--weights int8" in said[name]) == (dtype != "int8") for name in ("memory", "NPU memory"))
+    for name in ("memory", "NPU memory"):
+        assert f"a conversion with --weights {less} needs less" in said[name] if less else "--weights" not in said[name]
     large = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0"})
     assert {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=large).findings}["NPU memory"] == ""
 
@@ -333,16 +338,37 @@ def test_stages_against_the_same_and_against_another_dtype_and_backend(convert_t
         assert compared <= {finding.name for finding in result.findings}
 
 
+def percents(finding):
+    return [float(figure) / 100 for figure in finding.source.rpartition("%: ")[2].split()]
+
+
 def test_stages_say_what_weights_in_8_bits_cost(convert_tiny, saved, tmp_path):
     """The encoder is the same in both; the logits are told, not judged. Another source has no such comparison."""
     plain, eight = on("cpu", convert_tiny("bfloat16")), on("cpu", convert_tiny("int8"))
     assert check_stages.run(plain, save_to=tmp_path / "plain", speech=False).holds
-    result = check_stages.run(eight, against=tmp_path / "plain", speech=False)
+    result = check_stages.run(eight, save_to=tmp_path / "eight", against=tmp_path / "plain", speech=False)
     assert result.holds, as_text(result)
     found = {finding.name: finding for finding in result.findings}
-    assert found["logits"].holds is None and "weights in int8 against bfloat16" in found["logits"].bound
-    assert 1e-3 < float(found["logits"].measured) < 0.2
+    for name in ("rows", "logits"):
+        assert found[name].holds is None and "weights in int8 against bfloat16" in found[name].bound
+        assert 1e-3 < float(found[name].measured) < 0.2
     assert found["encoder"].holds and float(found["encoder"].measured) == 0
+    here, there = (load_file(convert_tiny(weights) / PREFIX) for weights in ("int8", "bfloat16"))
+    for layer, figure in enumerate(percents(found["layers, the format's cost"])):
+        a, b = (torch.cat([t[f"prefix.{kind}"][layer] for kind in ("keys", "values")]).double() for t in (here, there))
+        assert figure == pytest.approx(float((a - b).norm() / b.norm()), rel=0.1)  # two digits are told
+    for name in ("layers, rounding here", "layers, rounding in the file"):
+        assert found[name].holds and len(percents(found[name])) == layer + 1 == 3
+        assert max(percents(found[name])) < max(percents(found["layers, the format's cost"]))
+    stages, origin = check_stages.load(tmp_path / "plain")
+    for change in ({"exact": stages["exact"][:, :1]}, {"rows": stages["rows"][..., :-1, :]}):
+        check_stages.save(tmp_path / "odd", {name: t.contiguous() for name, t in (stages | change).items()}, origin)
+        with pytest.raises(CovoError, match="the shape of rows is not that of the file"):
+            check_stages.run(eight, against=tmp_path / "odd", speech=False)
+    headless = check_stages.run(on("cpu", convert_tiny("int8+head")), against=tmp_path / "eight", speech=False)
+    found = {finding.name: finding for finding in headless.findings}
+    assert headless.holds and "weights in int8+head against int8" in found["logits"].bound
+    assert float(found["rows"].measured) == 0 < float(found["logits"].measured) < 0.05  # the head is behind the rows
     stages, origin = check_stages.load(tmp_path / "plain")
     check_stages.save(tmp_path / "other", stages, replace(origin, source="another"))
     with pytest.raises(CovoError, match="the checkpoint is not that of the file"):
@@ -375,7 +401,21 @@ def test_stages_of_two_ranks_against_those_of_one(convert_tiny, saved, monkeypat
     assert result.holds, as_text(result)
     right = Collectives.all_reduce
     monkeypatch.setattr(Collectives, "all_reduce", lambda self, x: 1.01 * right(self, x))
-    assert failed(check_stages.run(subject, against=saved, speech=False)) == ["logits"]
+    wrong = ["layers, rounding here", "rows", "logits"]
+    assert failed(check_stages.run(subject, against=saved, speech=False)) == wrong
+
+
+def test_a_run_is_held_to_the_checkpoints_own_rows(convert_tiny, monkeypatch):
+    """Without any file: sums that are a little too large in one product, where a wrong adapter changes nothing."""
+    subject = on("cpu", convert_tiny("bfloat16"))
+    name = "layers, rounding here"
+    figures = [f for f in check_stages.run(subject, speech=False).findings if f.name == name]
+    assert [figure.holds for figure in figures] == [True] and 0 < float(figures[0].measured) < 0.08
+    monkeypatch.setattr(Adapter, "forward", lambda self, x, right=Adapter.forward: 1.5 * right(self, x))
+    assert check_stages.run(subject, speech=False).holds
+    right = DecoderLayer.mlp
+    monkeypatch.setattr(DecoderLayer, "mlp", lambda self, x: 1.3 * right(self, x))
+    assert failed(check_stages.run(subject, speech=False)) == [name]
 
 
 def test_stages_of_something_else_are_refused(convert_tiny, saved, tmp_path):

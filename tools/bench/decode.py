@@ -64,7 +64,7 @@ def step_bytes(model: CovoAudio, context: int, batch: int) -> int:
     """Return the bytes that a step must read: every weight but the embeddings, and the valid rows of each slot."""
     llm, config = model.networks.llm, model.config.llm
     weights = sum(p.nbytes for name, p in llm.named_parameters() if not name.startswith("embed_tokens"))
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * llm.lm_head.weight.element_size()
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     return weights + batch * context * row
 
 

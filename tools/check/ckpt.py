@@ -145,7 +145,7 @@ def _against_source(manifest: Manifest, src: Path, voice: Path | None) -> list[F
 
     try:
         source = open_source(src, voice, manifest.config.token2wav is not None)
-        plan = make_plan(source, getattr(torch, manifest.dtype), manifest.int8, len(manifest.ranks))
+        plan = make_plan(source, getattr(torch, manifest.dtype), manifest.weights, len(manifest.ranks))
     except CovoError as error:
         return [Finding("source", str(error), "can be converted", "", False, "name the source that it was made of")]
     config = Finding(

@@ -70,15 +70,10 @@ class Needs:
     """What a checkpoint wants of a device."""
 
     weights_bytes: int
-    int8: bool
-
-    @property
-    def smaller(self) -> str:
-        """How the same model needs less, "" if it does not."""
-        return "" if self.int8 else "a conversion with --weights int8"
+    smaller: str  # how the same model needs less, "" if it does not
 
 
-NOTHING = Needs(0, False)
+NOTHING = Needs(0, "")
 Ask = Callable[..., Probe]  # `probe`, or a stand-in for tests
 
 
@@ -315,7 +310,7 @@ def _checkpoint(folder: Path | None) -> tuple[Needs, Finding]:
         return NOTHING, Finding("checkpoint", "not named: give --ckpt to look at one")
     try:
         from covo_npu.kernels.errors import CovoError  # its reader needs xxhash, which may be what is missing
-        from covo_npu.runtime.checkpoint.format import read_manifest
+        from covo_npu.runtime.checkpoint.format import INT8, read_manifest
     except ImportError as error:
         return NOTHING, promised("checkpoint", str(error), False, "can be read", fix_for(str(error)))
     try:
@@ -324,9 +319,10 @@ def _checkpoint(folder: Path | None) -> tuple[Needs, Finding]:
         return NOTHING, promised("checkpoint", str(error), False, "complete, of this version", "see the message")
     size = sum(file.bytes for file in manifest.files.values() if file.data_start is not None)
     speech = "text and speech" if manifest.config.token2wav else "text only"
-    dtype = f"{manifest.dtype}, products of the LLM in int8" if manifest.int8 else manifest.dtype
+    dtype = f"{manifest.dtype}, products of the LLM in {manifest.weights}" if manifest.int8 else manifest.dtype
     measured = f"layout {manifest.layout_version}, {dtype}, {size / 1e9:.2f} GB, {speech}"
-    return Needs(size, manifest.int8), promised(
+    smaller = (f"a conversion with --weights {word}" for word, held in INT8.items() if len(held) > len(manifest.int8))
+    return Needs(size, next(smaller, "")), promised(
         "checkpoint", measured, True, "manifest, headers and sizes agree; bytes: covo-check ckpt"
     )
 

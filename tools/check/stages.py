@@ -27,6 +27,7 @@ from covo_npu.runtime import audio, prompt
 from covo_npu.runtime.checkpoint.format import INT8, MANIFEST, read_manifest
 from covo_npu.runtime.cli import options
 from covo_npu.runtime.options import Sampling
+from covo_npu.runtime.prefix import stored_prefix
 from covo_npu.tools.check.made_up import with_checkpoint
 from covo_npu.tools.check.result import CheckError, Finding, Result, Subject, below, check
 from covo_npu.tools.question import read_question
@@ -45,11 +46,13 @@ BOUNDS = {
     "mel": {"float32": 1e-5},
     "encoder": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
     "adapter": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2},
+    "rows": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "logits": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "latents": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "waveform": {"float32": 1e-3},
 }
 SPEECH = ("latents", "waveform")
+OF_LLM = ("rows", "logits")
 ALWAYS_FLOAT32 = ("mel", "waveform")
 COARSENESS = ("float32", "float16", "bfloat16")
 SOURCE = "rounding of {dtype}, gathered over the layers"
@@ -67,7 +70,7 @@ class Origin:
     covo_npu: str
     checkpoint: str  # checksum of what it was made of, and how
     source: str  # checksum of the manifest's notes on what it was made of
-    weights: str  # of the LLM's products: a dtype, or int8
+    weights: str  # of the LLM's products, as the manifest says
     audio: str  # checksum of the prepared samples
 
 
@@ -75,8 +78,10 @@ class Origin:
 def compute(model: CovoAudio, waveform: Tensor, given: Mapping[str, Tensor]) -> Stages:
     """Return what each stage gives. waveform: [N] at 24 kHz, prepared; given: stages of a file, {} for a first run.
 
-    mel [segments, M, 3000], encoder [segments, frames, C], adapter [frames, C], tokens [STEPS], logits [STEPS, V],
-    latents [frames, Z], waveform [N]; all float32 but the ids. The last two only with token2wav.
+    mel [segments, M, 3000], encoder [segments, frames, C], adapter [frames, C], rows [layers, 2, G, P, D]: keys and
+    values of the prompt, exact: those of the system prompt as the checkpoint has them, of float32 arithmetic, tokens
+    [STEPS], logits [STEPS, V], latents [frames, Z], waveform [N]; all float32 but the ids. The last two only with
+    token2wav, exact only if the checkpoint has it.
     """
     encoder, device, dtype = model.networks.encoder, model.device, model.dtype
     stages: Stages = {"mel": audio.features(waveform, model.config.encoder.num_mels)}
@@ -87,6 +92,8 @@ def compute(model: CovoAudio, waveform: Tensor, given: Mapping[str, Tensor]) -> 
     features = given.get("adapter", stages["adapter"]).to(device, dtype)
     count = audio.num_placeholders(waveform.shape[0], model.config.adapter.num_layers)
     stages |= _logits(model, features[:count], given.get("tokens"))
+    if prefix := stored_prefix(model.manifest):
+        stages["exact"] = torch.stack((prefix.keys, prefix.values), 1)
     if model.voice is not None:
         speech, voice = model.speech, model.voice.to(device)
         num_codes = speech.config.dit.num_codes
@@ -102,7 +109,10 @@ def compute(model: CovoAudio, waveform: Tensor, given: Mapping[str, Tensor]) -> 
 
 
 def _logits(model: CovoAudio, features: Tensor, tokens: Tensor | None) -> Stages:
-    """Return the logits after the prompt and after each of the tokens but the last; greedy tokens if none are given."""
+    """Return the rows of the prompt, the logits after it and after each of the tokens but the last, and the tokens.
+
+    tokens: greedy ones if none are given.
+    """
     llm, device = model.networks.llm, model.device
     ids = prompt.first_round(model.tokenizer, prompt.DEFAULT_SYSTEM_PROMPT, features.shape[0])
     if len(ids) + STEPS > model.max_context:
@@ -112,15 +122,16 @@ def _logits(model: CovoAudio, features: Tensor, tokens: Tensor | None) -> Stages
     embeddings[first : first + features.shape[0]] = features
     decoder = model.decoder(1)  # on all ranks
     hidden = decoder.fill(0, embeddings, 0)
+    filled = torch.stack(decoder.read(0, len(ids)).tensors).unflatten(0, (2, -1)).transpose(0, 1)
     decoder.begin(0, torch.tensor(ids, device=device), hidden, len(ids), 0, Sampling())
-    rows, chosen = [decoder.logits], []
+    logits, chosen = [decoder.logits], []
     for step in range(STEPS):
-        chosen.append(rows[-1].argmax(-1) if tokens is None else tokens[step : step + 1].to(device))
+        chosen.append(logits[-1].argmax(-1) if tokens is None else tokens[step : step + 1].to(device))
         if step + 1 < STEPS:
             decoder.place(0, len(ids) + step, chosen[-1])
             decoder.step(1)
-            rows.append(decoder.logits)
-    return {"tokens": torch.cat(chosen), "logits": torch.cat(rows)}
+            logits.append(decoder.logits)
+    return {"rows": filled, "tokens": torch.cat(chosen), "logits": torch.cat(logits)}
 
 
 def compare(
@@ -128,8 +139,8 @@ def compare(
 ) -> list[Finding]:
     """Return the findings of two runs. dtype, token2wav_dtype: the coarser ones of the two.
 
-    formats: those of the LLM's weights here and in the file if they are not the same. Then what the logits differ by is
-    what the format costs: it is told, and bounded by nothing.
+    formats: those of the LLM's weights here and in the file if they are not the same. Then what rows and logits differ
+    by is what the format costs: it is told, and bounded by nothing.
     """
     findings = []
     for name, bounds in BOUNDS.items():
@@ -147,7 +158,7 @@ def compare(
         error = float((a - b).norm() / b.norm().clamp(min=1e-30))
         source = f"{SOURCE.format(dtype=used)}; largest difference {float((a - b).abs().max()):.2e}"
         source += f", {_snr_db(error)}" if name == "waveform" else ""
-        if name == "logits" and formats:
+        if name in OF_LLM and formats:
             cost = f"the cost of weights in {formats[0]} against {formats[1]}, rounding included"
             findings.append(Finding(name, f"{error:.2e}", cost, source))
         else:
@@ -158,9 +169,40 @@ def compare(
     return findings
 
 
+def by_layer(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the relative error of each layer's rows [layers], float64, over the tokens that both have, from the first.
+
+    found, expected: [layers, 2, G, P, D].
+    """
+    length = min(found.shape[3], expected.shape[3])
+    a, b = (rows[:, :, :, :length].double().flatten(1) for rows in (found, expected))
+    return (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-30)
+
+
+def rounding(name: str, stages: Stages, dtype: str) -> Finding:
+    """Return the finding on how far a run's rows of the system prompt are from the exact ones: its own error.
+
+    dtype: the coarser one of the run and of its checkpoint.
+    """
+    errors = by_layer(stages["rows"], stages["exact"])
+    source = f"{SOURCE.format(dtype=dtype)}; {_percents(errors)}"
+    return below(name, float(errors.max()), BOUNDS["rows"][dtype], source, ".2e")
+
+
+def cost(found: Stages, expected: Stages, formats: tuple[str, str]) -> Finding:
+    """Return the finding on what a format of weights costs each layer, without any rounding but the rows' own."""
+    errors = by_layer(found["exact"], expected["exact"])
+    bound = f"the cost of weights in {formats[0]} against {formats[1]}, both multiplied in float32"
+    return Finding("layers, the format's cost", f"{float(errors.max()):.2e}", bound, _percents(errors))
+
+
+def _percents(errors: Tensor) -> str:
+    return f"by layer, %: {' '.join(f'{100 * error:.2g}' for error in errors.tolist())}"
+
+
 def save(path: Path, stages: Stages, origin: Origin) -> None:
     """Write a file of stages: safetensors, with its origin as metadata."""
-    save_file(stages, path, {"covo_check": "stages 2", **asdict(origin)})
+    save_file(stages, path, {"covo_check": "stages 3", **asdict(origin)})
 
 
 def load(path: Path) -> tuple[Stages, Origin]:
@@ -168,7 +210,7 @@ def load(path: Path) -> tuple[Stages, Origin]:
     try:
         with safe_open(path, "pt") as file:
             data = file.metadata() or {}
-            if data.pop("covo_check", "") != "stages 2":
+            if data.pop("covo_check", "") != "stages 3":
                 raise CheckError(f"{path}: not a file of `covo-check stages --save`")
             return {name: file.get_tensor(name) for name in file.keys()}, Origin(**data)  # noqa: SIM118 - not a dict
     except (SafetensorError, TypeError) as error:
@@ -185,12 +227,12 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
     expected, other = load(against) if against else ({}, None)
     sound = xxhash.xxh3_128_hexdigest(waveform.numpy().tobytes())
     manifest, digest = read_manifest(ckpt), manifest_digest(ckpt)
-    weights = INT8 if manifest.int8 else manifest.dtype
+    weights = manifest.weights
     source = xxhash.xxh3_128_hexdigest(json.dumps(manifest.source, sort_keys=True).encode())
     formats = None
     if other:
         _require_same("audio", sound, other.audio, "name the same WAV")
-        if source == other.source and (weights == INT8) != (other.weights == INT8):
+        if source == other.source and weights != other.weights and {weights, other.weights} & INT8.keys():
             formats = (weights, other.weights)
         else:
             _require_same("checkpoint", digest, other.checkpoint, "name the same checkpoint")
@@ -204,6 +246,9 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
         Finding(f"{name} is finite", str(list(tensor.shape)), "no NaN, no infinity", "", _finite(tensor))
         for name, tensor in stages.items()
     ]
+    if "exact" in stages:
+        dtype = max(origin.dtype, manifest.dtype, key=COARSENESS.index)
+        findings.append(rounding("layers, rounding here", stages, dtype))
     title = f"{_with_what(origin)}; {label}"
     if other:
         coarser = max(origin.dtype, other.dtype, key=COARSENESS.index)
@@ -211,6 +256,9 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
         of_speech = max(origin.token2wav_dtype, other.token2wav_dtype, key=by_coarseness)
         wanted = {name: tensor for name, tensor in expected.items() if speech or name not in SPEECH}
         findings += compare(stages, wanted, coarser, of_speech, formats)
+        if formats and "exact" in stages and "exact" in expected:
+            _require_same("shape of rows", _shapes(stages), _shapes(expected), "save it again")
+            findings += [cost(stages, expected, formats), rounding("layers, rounding in the file", expected, coarser)]
         title += f"; against {_with_what(other)}"
     if save_to:
         save(save_to, stages, origin)
@@ -250,7 +298,11 @@ def _with_what(origin: Origin) -> str:
 
 def _require_same(what: str, found: str, expected: str, advice: str) -> None:
     if found != expected:
-        raise CheckError(f"the {what} is not that of the file (checksum expected {expected}, found {found}): {advice}")
+        raise CheckError(f"the {what} is not that of the file (expected {expected}, found {found}): {advice}")
+
+
+def _shapes(stages: Stages) -> str:
+    return ", ".join(f"{name} {list(stages[name].shape)}" for name in ("rows", "exact") if name in stages)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -270,7 +322,7 @@ def _snr_db(error: float) -> str:
 @click.option("--against", type=options.PATH, help="Compare with a file of --save.")
 @click.option("--speech/--no-speech", default=True, show_default=True, help="Include latents and waveform.")
 def command(subject: Subject, save_to: Path | None, against: Path | None, speech: bool) -> Result:
-    """Compare two devices stage by stage: mel, encoder, adapter, logits, latents, waveform.
+    """Compare two devices stage by stage: mel, encoder, adapter, rows of the KV cache, logits, latents, waveform.
 
     The checkpoints may be of different numbers of ranks, if they were made of the same source.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,11 +47,11 @@ def made_up(
     config: ModelConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kernels: Kernels | None = None,
-    int8: bool = False,
+    int8: Collection[str] = (),
 ) -> MadeUp:
     """Return networks with random weights, by default of the real depth and heads, and thin elsewhere.
 
-    Operators are as many as in the real model, and the work is little. int8: the products of the LLM in 8 bits.
+    Operators are as many as in the real model, and the work is little. int8: see Qwen2.
     """
     place, config = open_device(device), config or deep_and_thin()
     assert config.token2wav
