@@ -13,7 +13,7 @@
  * every PIECE columns: a row of the result depends neither on the other rows, nor on where the work is cut, nor on the
  * number of threads.
  */
-#define AHEAD 1024 /* bytes: how far before the use weights are asked for */
+#define AHEAD 1024 /* bytes of a row: how far before the use weights are asked for */
 #define PIECE 1024 /* columns after which the partial sums are added up; that much of the rows stays in the first cache */
 #define PAD 32     /* elements: rows of prepared x are filled with zeros up to a multiple */
 
@@ -22,14 +22,16 @@
 #define DEFINE_ROWS(NAME, ELEMENT, X_ELEMENT, X_VECTOR, STEP, LOAD_X, LOAD_WEIGHT, ADD)                                \
   INLINE TARGET void SET(NAME##_block)(const Linear *t, long n, long m, long k, long end, float *totals,               \
                                        const int WIDE, const int HIGH) {                                               \
-    const long K = t->K, line = 64 / (long)sizeof(ELEMENT), row = round_up(K, PAD);                                    \
+    const long K = t->K, size = sizeof(ELEMENT), line = 64 / size, row = round_up(K, PAD);                             \
     const ELEMENT *w = (const ELEMENT *)t->weight + n * K;                                                             \
     const X_ELEMENT *x = (const X_ELEMENT *)t->prepared + m * row;                                                     \
     VECTOR sums[4][GROUP];                                                                                             \
     for (int r = 0; r < WIDE; r++)                                                                                     \
       for (int g = 0; g < HIGH; g++) sums[r][g] = ZERO;                                                                \
     for (; k + line <= end; k += line) {                                                                               \
-      for (int r = 0; r < WIDE; r++) __builtin_prefetch((const char *)(w + r * K + k) + AHEAD);                        \
+      /* What follows the end of a row is the next WIDE rows: the row below it is being read already. */               \
+      const ELEMENT *ahead = w + k + AHEAD / size + (k + AHEAD / size < K ? 0 : (WIDE - 1) * K);                       \
+      for (int r = 0; r < WIDE; r++) __builtin_prefetch(ahead + r * K);                                                \
       for (int i = 0; i < line; i += STEP) {                                                                           \
         X_VECTOR xs[GROUP];                                                                                            \
         for (int g = 0; g < HIGH; g++) xs[g] = LOAD_X(x + g * row + k + i);                                            \
