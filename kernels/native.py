@@ -58,7 +58,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 def _widened_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return (x @ weight.T) * scale + bias in x.dtype, the weights made wider for the call; on the CPU by blocks."""
-    size_out, wide = weight.shape[0], x.to(_fast_dtype(x))
+    size_out, wide = weight.shape[0], _fast(x)
     block = WIDENED_ROWS if x.device.type == "cpu" else size_out
     out = x.new_empty(*x.shape[:-1], size_out)
     for start in range(0, size_out, block):
@@ -69,9 +69,14 @@ def _widened_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tenso
     return out
 
 
-def _fast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which what x holds is multiplied: its own, unless this is a CPU that is slow in it."""
-    return torch.float32 if x.device.type == "cpu" and x.dtype in SLOW_DTYPES else x.dtype
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which numbers of a dtype are multiplied: itself, but float32 on a CPU that is slow in it."""
+    return torch.float32 if device.type == "cpu" and dtype in SLOW_DTYPES else dtype
+
+
+def _fast(x: Tensor) -> Tensor:
+    """Return x in its product_dtype."""
+    return x.to(product_dtype(x.dtype, x.device))
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -127,7 +132,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     dtype = q.dtype
-    q, k, v = (t.transpose(1, 2).to(_fast_dtype(t)) for t in (q, k, v))  # [B, H, S, D]
+    q, k, v = (_fast(t.transpose(1, 2)) for t in (q, k, v))  # [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype).transpose(1, 2)
 
 
@@ -140,7 +145,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tenso
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, length: int, scale: float) -> Tensor:
     num_queries, dtype = q.shape[0], q.dtype
     k, v = k_cache[slot : slot + 1, :, :length], v_cache[slot : slot + 1, :, :length]  # [1, G, K, D]
-    q, k, v = (t.to(_fast_dtype(t)) for t in (q, k, v))
+    q, k, v = map(_fast, (q, k, v))
     whole = num_queries == length  # PyTorch's is_causal is anchored top-left, so it serves only the square case
     mask = None if whole or num_queries == 1 else _causal_mask(num_queries, length, q.device)
     out = F.scaled_dot_product_attention(
@@ -194,9 +199,8 @@ def conv1d(
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    dtype = _fast_dtype(x)
-    wide = None if bias is None else bias.to(dtype)
-    return F.conv1d(x.to(dtype), weight.to(dtype), wide, stride, padding, dilation, groups).to(x.dtype)
+    wide = None if bias is None else _fast(bias)
+    return F.conv1d(_fast(x), _fast(weight), wide, stride, padding, dilation, groups).to(x.dtype)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:

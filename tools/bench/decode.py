@@ -276,7 +276,7 @@ def command(
     stock = None if model.manifest.int8 else Stock(model)
     weights = [layer.gate_up_proj.weight for layer in list(model.networks.llm.layers)[:READ_LAYERS]]
     rates, answered = {"read before": read_rate(weights)}, list[Answered]()
-    if question:  # its floor is measured for it alone: in bfloat16 minutes, on a CPU that has AVX2 and no more
+    if question:
         rates["matrix"] = matrix_rate(model.dtype, model.device)
         answered = answers(model, stock, max_new_tokens)
         rates["matrix"] = max(rates["matrix"], matrix_rate(model.dtype, model.device))
