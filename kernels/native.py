@@ -109,6 +109,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
+def key_mask(attended: Tensor, num_queries: int) -> Tensor:
+    """[1, K], for all queries: CUDA makes numbers of the mask's own elements in each layer."""
+    return attended[None]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
     head_dim = k.shape[-1]
     k_cache.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.networks.bigvgan import Stream, piece_frames
+from covo_npu.runtime.networks.dit import MAX_FRAMES
 from covo_npu.runtime.options import CODES_PER_S, WHOLE, SpeechBlocks
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 Noise = Callable[[int], Tensor]  # frames -> the next so many of them, [frames, Z]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
-
-MAX_FRAMES = 4096  # positions that the published network was made for
 
 
 def drawn_noise(seed: int, latent_dim: int) -> Noise:

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from covo_npu.kernels.device import Capture
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import Token2WavConfig
+from covo_npu.runtime.evaluations import Evaluations
 from covo_npu.runtime.flow import Flow, guided, integrate
 from covo_npu.runtime.networks.bigvgan import BigVGAN
 from covo_npu.runtime.networks.dit import DiT, TimeModulation
@@ -34,13 +36,23 @@ class Token2Wav(nn.Module):
     Tensors of a call are on one device with the weights, a voice's too. flow None is the checkpoint's own.
     """
 
-    def __init__(self, config: Token2WavConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of the matrix products in the transformer's blocks; all else is float32."""
+    def __init__(
+        self,
+        config: Token2WavConfig,
+        kernels: Kernels,
+        dtype: torch.dtype = torch.float32,
+        capture: Capture | None = None,
+    ) -> None:
+        """dtype: of the matrix products in the transformer's blocks; all else is float32.
+
+        capture: makes graphs of the transformer's evaluations; it is for nothing else, as Evaluations says.
+        """
         super().__init__()
         self.config = config
         self.flow = Flow(config.flow.time_points - 1)
         self.statistics = Statistics(config)
         self.dit = DiT(config.dit, kernels, dtype)
+        self.evaluations = Evaluations(self.dit, capture)
         self.vocoder = BigVGAN(config.vocoder, kernels)
 
     def num_frames(self, num_codes: int, voice: Voice) -> int:
@@ -57,12 +69,11 @@ class Token2Wav(nn.Module):
         [L, Z], L = upsample_factor * n, where the ODE starts. voice: whose speaker it is; its prompt is not read.
         """
         flow = flow or self.flow
-        conditions = self.dit.conditions(codes, known_latents)
+        evaluate = self.evaluations.under(self.dit.conditions(codes, known_latents))
         modulations = self.dit.modulations(flow.times(), voice.speaker_embedding)
 
         def velocity(modulation: TimeModulation, latents: Tensor) -> Tensor:
-            velocities = self.dit(latents, conditions, modulation)
-            return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
+            return guided(evaluate(latents, modulation), self.config.flow.cfg_alpha, self.config.flow.rescale)
 
         at_times = [partial(velocity, modulation) for modulation in modulations]
         for latents in integrate(at_times, noise, flow):

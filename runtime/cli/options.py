@@ -141,7 +141,7 @@ LOADING: dict[str, Decorator] = {
     ),
     "graph": click.option(
         "--graph", type=click.Choice(GRAPHS), default=LOAD.graph, show_default=True,
-        help="Replay the encoder and decode steps as captured graphs. auto: where the device can.",
+        help="Replay encoder, decode steps and evaluations of speech as captured graphs. auto: where the device can.",
     ),
     "token2wav_dtype": click.option(
         "--token2wav-dtype", type=click.Choice(("auto", *DTYPES)), default=LOAD.token2wav_dtype, show_default=True,

@@ -18,6 +18,7 @@ from covo_npu.runtime.networks.layers import Conv1d, ConvTranspose1d, Linear, St
 from covo_npu.runtime.networks.rotary import rotary_table
 
 NORM_EPS = 1e-6
+MAX_FRAMES = 4096  # positions that the published network was made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,14 @@ class Conditions:
     """What stays the same over all evaluations of one reply.
 
     inputs: [2, L, C] float32, the input projection of known latents and codes, row 0 without the codes (guidance), row
-    1 with them; cos, sin: [1, L, 1, D] in the dtype of the matrix products.
+    1 with them; cos, sin: [1, L, 1, D] in the dtype of the matrix products; mask: key_mask() of the frames that are
+    attended to, None: all are.
     """
 
     inputs: Tensor
     cos: Tensor
     sin: Tensor
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,18 @@ class BlockModulation:
 
 @dataclass(frozen=True, slots=True)
 class TimeModulation:
-    """The adaptive parts of all blocks, and of the norm before the output, at one time."""
+    """The adaptive parts of all blocks, and of the norm before the output, at one time: views of `rows`."""
 
+    rows: Tensor
     blocks: tuple[BlockModulation, ...]
     shift: Tensor
     scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "TimeModulation":
+        """Return the parts in rows [6 blocks + 2, C]: shift, scale and gate of each branch, then shift and scale."""
+        branches = [Modulation(*parts) for parts in rows[:-2].unflatten(0, (-1, 3))]
+        return cls(rows, tuple(map(BlockModulation, branches[::2], branches[1::2])), rows[-2], rows[-1])
 
 
 class DiTBlock(nn.Module):
@@ -72,13 +82,6 @@ class DiTBlock(nn.Module):
         self.o_proj = Linear(kernels, size, size, dtype=dtype)
         self.fc1 = Linear(kernels, size, config.intermediate_size, dtype=dtype)
         self.fc2 = Linear(kernels, config.intermediate_size, size, dtype=dtype)
-
-    def modulations(self, c: Tensor) -> list[BlockModulation]:
-        """Return the adaptive parts for each condition. c: [times, C], after its SiLU."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(c).chunk(6, dim=-1)
-        attention = map(Modulation, shift_a, 1 + scale_a, gate_a)
-        feed_forward = map(Modulation, shift_f, 1 + scale_f, gate_f)
-        return list(map(BlockModulation, attention, feed_forward))
 
     def forward(self, x: Tensor, conditions: Conditions, modulation: BlockModulation) -> Tensor:
         """Return the next hidden states, [B, L, C] float32 like x. The products run in the dtype of their weights."""
@@ -98,7 +101,11 @@ class DiTBlock(nn.Module):
         qkv = self.qkv_proj(x).view(batch, length, 3, *heads[2:])
         qkv = qkv.permute(2, 0, 1, 3, 4).reshape(3 * batch, *heads[1:])
         q, k = self.kernels.rotary(qkv[: 2 * batch], conditions.cos, conditions.sin).view(2, *heads)
-        attended = self.kernels.attention(q, k, qkv[2 * batch :], self.head_dim**-0.5)
+        v, scale = qkv[2 * batch :], self.head_dim**-0.5
+        if conditions.mask is None:
+            attended = self.kernels.attention(q, k, v, scale)
+        else:
+            attended = self.kernels.masked_attention(q, k, v, conditions.mask, scale)
         return self.o_proj(attended.reshape(batch, length, size))
 
 
@@ -145,9 +152,10 @@ class DiT(nn.Module):
         embedded = torch.stack([time_embedding(time, self.config.time_dim) for time in times]).to(speaker.device)
         embedded = self.time_mlp["2"](F.silu(self.time_mlp["0"](embedded)))
         c = F.silu(self.cond_proj(torch.cat((embedded, speaker.expand(len(times), -1)), dim=-1)))  # [times, C]
-        shifts, scales = self.output_modulation(c).chunk(2, dim=-1)
-        blocks = zip(*(block.modulations(c) for block in self.blocks), strict=True)
-        return list(map(TimeModulation, blocks, shifts, 1 + scales))
+        parts = [*(block.modulation(c) for block in self.blocks), self.output_modulation(c)]
+        rows = torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.hidden_size))  # [times, 6 blocks + 2, C]
+        rows[:, 1::3] += 1  # the scales
+        return list(map(TimeModulation.of, rows))
 
     def forward(self, latents: Tensor, conditions: Conditions, modulation: TimeModulation) -> Tensor:
         """Return the velocities [2, L, Z], without and with the codes. latents: [L, Z]."""

@@ -33,6 +33,7 @@ SAMPLING = ("tests/runtime/test_sampling.py",)
 FLOW = ("tests/runtime/test_flow.py",)
 SPEECH = ("tests/runtime/test_goldens.py::test_token2wav", "-k", "15")
 MEL = ("tests/runtime/test_audio.py::test_mel_segments_and_placeholders_are_upstreams", "-k", "question_en")
+CAPTURED = ("tests/runtime/test_evaluations.py", "-k", "lengths_that_take_turns")
 FOLD = ("tests/convert/test_transforms.py", "-k", "weight_norm")
 
 
@@ -49,6 +50,7 @@ class Mutant:
 
 QWEN2 = "runtime/networks/qwen2.py"
 NATIVE, SAMPLER, TOKEN2WAV = "kernels/native.py", "runtime/sampling.py", "runtime/token2wav.py"
+EVALUATIONS = "runtime/evaluations.py"
 ROWS = "cache.first_rows[slot] + {}[:, None]"
 LAST = "round_.before, tuple(round_.tokens{})"
 CHOICE = "torch.where(scores > 0, scores {} penalty, scores {} penalty)"
@@ -75,6 +77,11 @@ MUTANTS = (
     Mutant("guidance", "runtime/flow.py", "1 + cfg_alpha)", "cfg_alpha)", FLOW),
     Mutant(
         "prompt-frames", TOKEN2WAV, "latents[known_latents.shape[0] :]", "latents[known_latents.shape[0] + 1 :]", SPEECH
+    ),
+    Mutant("old-frames", EVALUATIONS, "self._latents[num_frames:].zero_()", "pass", CAPTURED),
+    Mutant("all-frames", EVALUATIONS, "device=inputs.device) < num_frames", "device=inputs.device) >= 0", CAPTURED),
+    Mutant(
+        "old-time", EVALUATIONS, "(self._mask, mask), (self._rows, modulation.rows))", "(self._mask, mask))", CAPTURED
     ),
     Mutant("statistics", TOKEN2WAV, STD, f"{STD}.square()", SPEECH),
     Mutant("time", "runtime/networks/dit.py", SINUSOID.format("cos", "sin"), SINUSOID.format("sin", "cos"), SPEECH),

@@ -2,7 +2,7 @@
 
 Flow matching is timed by the evaluation of its network: `--evaluations` of them a turn, the time of all 18 (or what the
 solver makes) extrapolated, since each costs the same; `--whole` runs them all. The vocoder always runs whole.
-`--stream` measures replies in blocks instead, see stream.py.
+`--stream` measures replies in blocks instead, see stream.py; these are launched operator by operator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from covo_npu.kernels.device import fast_dtype, open_device
+from covo_npu.kernels.device import device_capture, fast_dtype, open_device
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import describe, select
 from covo_npu.runtime.audio import SAMPLE_RATE
@@ -93,12 +93,21 @@ class Paths:
     """The same weights on every path, and inputs for one length."""
 
     def __init__(
-        self, networks: Token2Wav, voice: Voice, kernels: Kernels, device: torch.device, evaluations: int
+        self,
+        networks: Token2Wav,
+        voice: Voice,
+        kernels: Kernels,
+        device: torch.device,
+        evaluations: int,
+        graph: str = "auto",
     ) -> None:
-        self.device, self.config, self.evaluations = device, networks.config, evaluations
-        self.networks, self.voice = {OURS: networks}, voice
+        self.device, self.config, self.evaluations, self.voice = device, networks.config, evaluations, voice
+        dtypes = {OURS: torch.float32}
         if fast_dtype(device) == torch.bfloat16:
-            self.networks[OURS_HALF] = recast(networks, kernels, torch.bfloat16)
+            dtypes[OURS_HALF] = torch.bfloat16
+        self.networks = {
+            path: recast(networks, kernels, dtype, device_capture(graph, device)) for path, dtype in dtypes.items()
+        }
         self.stock = StockToken2Wav(networks, voice)
 
     def turns(self, codes: int) -> dict[tuple[str, str], Callable[[], object]]:
@@ -129,10 +138,10 @@ def evaluate(networks: Token2Wav, voice: Voice, codes: Tensor, noise: Tensor, ev
     if evaluations == networks.flow.evaluations:
         *_, latents = networks.solve(codes, voice.prompt_latents, noise, voice)
         return latents
-    conditions = networks.dit.conditions(codes, voice.prompt_latents)
+    velocities = networks.evaluations.under(networks.dit.conditions(codes, voice.prompt_latents))
     (modulation,) = networks.dit.modulations([0.0], voice.speaker_embedding)
     for _ in range(evaluations):
-        velocity = guided(networks.dit(noise, conditions, modulation), networks.config.flow.cfg_alpha, False)
+        velocity = guided(velocities(noise, modulation), networks.config.flow.cfg_alpha, False)
         noise = torch.add(noise, velocity, alpha=0.05)
     return noise
 
@@ -197,7 +206,7 @@ def rows_table(rows: Sequence[StageTime], rates: dict[str, float]) -> str:
 
 @click.command("token2wav")
 @options.ckpt()
-@options.loading("device", "backend", "threads")
+@options.loading("device", "backend", "graph", "threads")
 @click.option("--codes", multiple=True, type=click.IntRange(1), default=(75,), show_default=True, help="Of a reply.")
 @click.option("--runs", default=2, show_default=True, type=click.IntRange(1), help="Turns of every path.")
 @click.option("--evaluations", default=2, show_default=True, type=click.IntRange(2), help="A turn; an even number.")
@@ -234,7 +243,7 @@ def command(
             ]
             _show(plans_table(times), [asdict(row) for row in times], networks, said, device, json_file)
             return
-        paths, before, found = Paths(networks, voice, kernels, device, counted), matrix_rates(device), []
+        paths, before, found = Paths(networks, voice, kernels, device, counted, options.graph), matrix_rates(device), []
         for count in codes:
             click.echo(f"{count} codes", err=True)
             found += measured(paths, count, runs)
