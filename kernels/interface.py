@@ -77,7 +77,10 @@ class Kernels(Protocol):
         ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Return softmax(scale * q k^T) v without a mask: [B, S, H, D]. q, k, v: [B, S, H, D], may be strided views."""
+        """Return softmax(scale * q k^T) v without a mask: [B, S, H, D].
+
+        q: [B, S, H, D]; k, v: [B, K, H, D], of as many rows as q or of more. All may be strided views.
+        """
         ...
 
     def key_mask(self, attended: Tensor, num_queries: int) -> Tensor:

@@ -48,13 +48,12 @@ class Evaluations:
 
         The function raises BackendError if graphs are required and the device captures none, or one that is not right.
         """
-        num_frames = conditions.inputs.shape[1]
 
         def launched(latents: Tensor, modulation: TimeModulation) -> Tensor:
             velocities: Tensor = self._dit(latents, conditions, modulation)
             return velocities
 
-        if self._capture is None or num_frames > MAX_FRAMES:
+        if self._capture is None or (num_frames := conditions.inputs.shape[1]) > MAX_FRAMES:
             return launched
         frames = -(-num_frames // BUCKET_FRAMES) * BUCKET_FRAMES
         inputs = F.pad(conditions.inputs, (0, 0, 0, frames - num_frames))

@@ -369,6 +369,16 @@ CASES = (
             lambda q, k, v, scale: full_attention(q, k[:, :-1], v[:, :-1], scale),
         ),
     ),
+    Case(  # more keys than queries
+        "attention",
+        lambda g: {"q": normal(g, 2, 5, 3, 64), **{n: normal(g, 2, 13, 3, 64) for n in "kv"}, "scale": 0.125},
+        full_attention,
+        (
+            lambda q, k, v, scale: full_attention(q, k, v, 1.0),
+            lambda q, k, v, scale: full_attention(q, k[:, :5], v[:, :5], scale),
+            lambda q, k, v, scale: full_attention(q, k[:, -5:], v[:, -5:], scale),
+        ),
+    ),
     Case(
         "masked_attention",
         masked_keys_inputs,

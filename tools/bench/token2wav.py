@@ -8,7 +8,7 @@ solver makes) extrapolated, since each costs the same; `--whole` runs them all. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,7 +24,9 @@ from covo_npu.kernels.select import describe, select
 from covo_npu.runtime.audio import SAMPLE_RATE
 from covo_npu.runtime.checkpoint.config import DiTConfig, VocoderConfig
 from covo_npu.runtime.cli import console, options
-from covo_npu.runtime.flow import guided
+from covo_npu.runtime.context import NOTHING, Context
+from covo_npu.runtime.flow import SOLVERS, guided
+from covo_npu.runtime.networks.dit import Rows
 from covo_npu.runtime.options import LoadOptions
 from covo_npu.runtime.token2wav import Token2Wav
 from covo_npu.runtime.voice import Voice
@@ -122,9 +124,23 @@ class Paths:
         }
         for path, each in self.networks.items():
             found[path, FLOW] = partial(evaluate, each, self.voice, ids, noise, self.evaluations)
+            found[f"fixed context {path.split()[-1]}", FLOW] = self._after_prompt(each, ids, noise)
         found[STOCK, VOCODER] = partial(self.stock.vocoder, latents)
         found[OURS, VOCODER] = partial(self.networks[OURS].vocoder, latents)
         return found
+
+    def _after_prompt(self, networks: Token2Wav, ids: Tensor, noise: Tensor) -> Callable[[], object]:
+        """Return a turn of the reply's frames alone, the prompt a fixed context that is at hand."""
+        voice, flow = self.voice, networks.flow
+        flow = replace(flow, steps=self.evaluations // SOLVERS[flow.solver], fixed_context=True)
+        codes = min(voice.num_codes, voice.num_frames // self.config.dit.upsample_factor)
+        frames, kept = codes * self.config.dit.upsample_factor, list[Rows]()
+        prompt, known = voice.prompt_codes[:codes], voice.prompt_latents
+        if codes:
+            list(networks.solve(prompt, known[:frames], noise[:frames], voice, flow, kept=kept))
+        context = Context((tuple(kept),), prompt[-1:]) if codes else NOTHING
+        following = torch.cat((voice.prompt_codes[codes:], ids))
+        return lambda: list(networks.solve(following, known[frames:], noise[frames:], voice, flow, context))
 
     def frames(self, codes: int) -> dict[str, int]:
         """Return {stage: the latent frames that it works on}."""
