@@ -2,8 +2,8 @@
 
 Flow matching is not causal, so what is spoken cannot be solved on as a network of language can. A block is solved with
 what was spoken before as known latents, as the network was trained to go on from a voice's prompt; a few codes after
-it may be solved, too, and held back: they tell the block how it goes on, and are solved again in the next one. The
-vocoder continues exactly.
+it may be solved, too, and held back: they tell the block how it goes on, and are solved again in the next one. With a
+fixed context (context.py) what was spoken is not solved again, but looked at as it is. The vocoder continues exactly.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class SpeechStream:
         networks, noise, factor = self._networks, self._noise, self._factor
         key: Hashable = None
         if self._number == 0:  # the voice's prompt, in noise that is the same in all replies
-            noise = drawn_noise(0, noise.shape[1])(self._voice.num_codes * factor)[-noise.shape[0] :].to(noise.device)
+            noise = drawn_noise(0, noise.shape[1])(end * factor).to(noise.device)
             key = (self._flow, digest(self._codes[:end], self._latents[: end * factor], self._voice.speaker_embedding))
         segment = networks.prompts.get(key) if key else None
         if segment is None:

@@ -38,6 +38,7 @@ from covo_npu.tools.report import machine_line, machine_report, table
 from covo_npu.tools.speech import PLANS, load_token2wav, recast
 
 STOCK, OURS, OURS_HALF = "stock float32", "ours float32", "ours bfloat16"  # the last word: dtype of the products
+FIXED = "fixed context"  # ours, the prompt one that is at hand
 FLOW, VOCODER = "flow matching", "vocoder"
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -67,12 +68,12 @@ class StageTime:
 # --- what there is to compute
 
 
-def evaluation_flops(config: DiTConfig, frames: int) -> float:
-    """Return the operations of the products of one evaluation, both guidance rows."""
+def evaluation_flops(config: DiTConfig, frames: int, before: int = 0) -> float:
+    """Return the operations of the products of one evaluation, both guidance rows. before: frames of a context."""
     size = config.hidden_size
     linear = config.num_layers * (4 * size**2 + 2 * size * config.intermediate_size) + 2 * size * config.latent_dim
     conv = config.conv_kernel_size * size**2 // config.conv_groups
-    attention = config.num_layers * 2 * frames * size  # a frame: scores, then values
+    attention = config.num_layers * 2 * (before + frames) * size  # a frame: scores, then values
     return 2.0 * 2 * frames * (linear + conv + attention)
 
 
@@ -124,7 +125,7 @@ class Paths:
         }
         for path, each in self.networks.items():
             found[path, FLOW] = partial(evaluate, each, self.voice, ids, noise, self.evaluations)
-            found[f"fixed context {path.split()[-1]}", FLOW] = self._after_prompt(each, ids, noise)
+            found[f"{FIXED} {path.split()[-1]}", FLOW] = self._after_prompt(each, ids, noise)
         found[STOCK, VOCODER] = partial(self.stock.vocoder, latents)
         found[OURS, VOCODER] = partial(self.networks[OURS].vocoder, latents)
         return found
@@ -133,14 +134,20 @@ class Paths:
         """Return a turn of the reply's frames alone, the prompt a fixed context that is at hand."""
         voice, flow = self.voice, networks.flow
         flow = replace(flow, steps=self.evaluations // SOLVERS[flow.solver], fixed_context=True)
-        codes = min(voice.num_codes, voice.num_frames // self.config.dit.upsample_factor)
-        frames, kept = codes * self.config.dit.upsample_factor, list[Rows]()
+        frames, kept = self.fixed_frames, list[Rows]()
+        codes = frames // self.config.dit.upsample_factor
         prompt, known = voice.prompt_codes[:codes], voice.prompt_latents
         if codes:
             list(networks.solve(prompt, known[:frames], noise[:frames], voice, flow, kept=kept))
         context = Context((tuple(kept),), prompt[-1:]) if codes else NOTHING
         following = torch.cat((voice.prompt_codes[codes:], ids))
         return lambda: list(networks.solve(following, known[frames:], noise[frames:], voice, flow, context))
+
+    @property
+    def fixed_frames(self) -> int:
+        """Those of the prompt's codes whose latents are all known."""
+        factor = self.config.dit.upsample_factor
+        return min(self.voice.num_codes, self.voice.num_frames // factor) * factor
 
     def frames(self, codes: int) -> dict[str, int]:
         """Return {stage: the latent frames that it works on}."""
@@ -183,13 +190,17 @@ def measured(paths: Paths, codes: int, runs: int) -> list[StageTime]:
         FLOW: evaluations * evaluation_flops(config.dit, frames[FLOW]),
         VOCODER: vocoder_flops(config.vocoder, frames[VOCODER]),
     }
+    fixed = paths.fixed_frames
+    following = evaluations * evaluation_flops(config.dit, frames[FLOW] - fixed, fixed)
     speech_s = frames[VOCODER] * prod(config.vocoder.upsample_rates) / SAMPLE_RATE
     rows = []
     for (path, stage), taken in found.items():
         factor = evaluations / paths.evaluations if stage == FLOW else 1.0
         seconds = measure.spread(turn.seconds for turn in taken).median * factor
         peak = max(turn.peak_bytes for turn in taken)
-        rows.append(StageTime(path, stage, codes, frames[stage], seconds, flops[stage], seconds / speech_s, peak))
+        after = path.startswith(FIXED)
+        number, operations = (frames[FLOW] - fixed, following) if after else (frames[stage], flops[stage])
+        rows.append(StageTime(path, stage, codes, number, seconds, operations, seconds / speech_s, peak))
     return rows
 
 
@@ -244,8 +255,8 @@ def command(
     """Codes to a waveform, against a straightforward implementation on the same weights in one process."""
     device = open_device(options.device)
     kernels = select(options.backend, device)
+    networks, voice = load_token2wav(ckpt, kernels, device)
     with torch.inference_mode():
-        networks, voice = load_token2wav(ckpt, kernels, device)
         counted = networks.flow.evaluations if whole else evaluations // 2 * 2
         if stream:
             dtype = fast_dtype(device)

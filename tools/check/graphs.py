@@ -65,6 +65,7 @@ def reply(subject: Subject, graph: str) -> Reply:
     return Reply(answer.tokens, bound, len(answer.tokens) / times[-1], graphs)
 
 
+@torch.inference_mode()
 def solved(networks: Token2Wav, voice: Voice, num_codes: int) -> Tensor:
     """Return the latents of a reply of made-up codes, on the host."""
     generator, device = torch.Generator().manual_seed(num_codes), voice.prompt_codes.device
@@ -74,7 +75,6 @@ def solved(networks: Token2Wav, voice: Voice, num_codes: int) -> Tensor:
     return latents.cpu()
 
 
-@torch.inference_mode()
 def speech(subject: Subject) -> Iterator[Finding]:
     """Yield the findings of flow matching: equal latents in float32, and what graphs gain in the fast dtype."""
     device, folder = open_device(subject.options.device), subject.require_ckpt()
