@@ -22,7 +22,7 @@ from covo_npu.kernels.masked import TOLERANCES, masked_keys_error
 from covo_npu.runtime.networks.dit import MAX_FRAMES, Conditions, DiT, TimeModulation
 from covo_npu.runtime.networks.rotary import rotary_table
 
-# Frames by which graphs differ: with 128 there are 32 of them at most, and a reply of 1500 frames computes 4 % more.
+# Frames by which graphs differ: 32 graphs at most, and a reply of 1500 frames computes 4 % more, on average.
 BUCKET_FRAMES = 128
 log = logging.getLogger(__name__)
 

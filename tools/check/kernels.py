@@ -26,7 +26,7 @@ ENCODER, DIT = (1, 1500, 20, 64), (2, 700, 16, 64)  # [B, S, H, D] of attention:
 MAX_LENGTH = 8192
 LENGTHS = (1, 511, 513, 1500, 4097, 8000)  # around and far beyond the tiles of attention kernels
 BOUNDS = (512, 1024, 2048, 4096, 8192)  # of captured steps
-FRAMES = (1280, 1536, 2048, 4096)  # of captured evaluations of flow matching, with the published prompt and without
+FRAMES = (1280, 1536, 2048)  # of captured evaluations of flow matching: usual blocks after the published prompt
 TAPS = tuple(0.02 * (k + 1) for k in range(12))
 # Relative to the largest value of a row of the result. float32: what torch_npu's own tests accept (assertRtolEqual); 16
 # bits: four roundings.
