@@ -13,7 +13,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -146,8 +147,12 @@ class CaptureReport:
     bytes: int = 0  # of device memory that was reserved meanwhile
 
 
+# A capture begins with a wait for the whole device, which no stream that is captured allows: one at a time, of all.
+_CAPTURING = threading.Lock()
+
+
 class DeviceCapture:
-    """Captures work on one device; all its graphs share one memory pool. A Capture."""
+    """Captures work on one device; all its graphs share one memory pool, so none may run beside another. A Capture."""
 
     def __init__(self, device: torch.device, required: bool = True) -> None:
         self.required = required
@@ -155,14 +160,13 @@ class DeviceCapture:
         self._device, self._module = device, accelerator(device)
         self._graph_class: Any = getattr(self._module, GRAPHS[device.type])
         self._pool = self._module.graph_pool_handle()
-        self._one_at_a_time = threading.Lock()  # dialogues of one model may be decoded in several threads
 
     def __call__(self, work: Work) -> Work:
         """Return the replay of `work`. Runs it once before, on a side stream: libraries set themselves up then.
 
         Raises BackendError if the device cannot capture it.
         """
-        with self._one_at_a_time, self._module.device(self._device):  # a new thread's own device is the first one
+        with _CAPTURING, self._module.device(self._device):  # a new thread's own device is the first one
             return self._captured(work)
 
     def _captured(self, work: Work) -> Work:
@@ -190,6 +194,31 @@ class DeviceCapture:
         self.report.bytes += module.memory_reserved() - reserved
         replay: Work = graph.replay
         return replay
+
+
+class Turns:
+    """Turns at tensors with fixed places: one caller at a time, on the host and, whatever its stream, on the device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: Any = None  # the event after the last turn
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Have a turn: what is enqueued inside, on the device's current stream, follows what the last turn enqueued."""
+        with self._lock:
+            if device.type == "cpu":
+                yield
+                return
+            module = accelerator(device)
+            stream = module.current_stream(device)
+            if self._done is not None:
+                stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done = module.Event()
+                self._done.record(stream)
 
 
 class Replayed:

@@ -77,7 +77,25 @@ class Kernels(Protocol):
         ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Return softmax(scale * q k^T) v without a mask: [B, S, H, D]. q, k, v: [B, S, H, D], may be strided views."""
+        """Return softmax(scale * q k^T) v without a mask: [B, S, H, D].
+
+        q: [B, S, H, D]; k, v: [B, K, H, D], of as many rows as q or of more. All may be strided views.
+        """
+        ...
+
+    def key_mask(self, attended: Tensor, num_queries: int) -> Tensor:
+        """Return the mask that masked_attention takes, in the backend's own form: once for all layers.
+
+        attended: [K] bool on the device, True for the keys that all S = num_queries queries attend to, at least one.
+        """
+        ...
+
+    def masked_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Return attention() over the keys of a mask alone: [B, S, H, D]. q, k, v: as for attention; mask: of key_mask.
+
+        For work that is captured once and replayed: takes nothing else from the host and never waits for the device.
+        Keys that are not attended to must be finite, and so must their values.
+        """
         ...
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:

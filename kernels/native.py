@@ -131,9 +131,22 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _attention(q, k, v, None, scale)
+
+
+def key_mask(attended: Tensor, num_queries: int) -> Tensor:
+    """[1, K], for all queries: CUDA makes numbers of the mask's own elements in each layer."""
+    return attended[None]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return _attention(q, k, v, mask, scale)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     dtype = q.dtype
-    q, k, v = (_fast(t.transpose(1, 2)) for t in (q, k, v))  # [B, H, S, D]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype).transpose(1, 2)
+    q, k, v = (_fast(x.transpose(1, 2)) for x in (q, k, v))  # [B, H, S, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype).transpose(1, 2)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:

@@ -159,10 +159,17 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    num_heads = q.shape[2]
-    if q.dtype == torch.float32:
-        return _plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
-    return _fused_attention(q, k, v, "BSND", scale, num_heads=num_heads, num_key_value_heads=num_heads)
+    return _full_attention(q, k, v, scale, None)
+
+
+def key_mask(attended: Tensor, num_queries: int) -> Tensor:
+    """[S, K], True where NOT attended: of the documented forms the one without a batch, which BSND takes."""
+    return attended.logical_not().expand(num_queries, -1).contiguous()
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """No lengths, which a graph would bake in."""
+    return _full_attention(q, k, v, scale, mask)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
@@ -310,6 +317,15 @@ def _transposed_as_products(x: Tensor, weight: Tensor, bias: Tensor | None, stri
     out = out.permute(0, 2, 1, 3).reshape(batch, out_channels, -1)
     out = out[..., padding : out.shape[-1] - padding]
     return out if bias is None else out + bias[:, None]
+
+
+def _full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Return [B, S, H, D]. q: [B, S, H, D]; k, v: [B, K, H, D]; mask: [S, K], True where NOT attended, or None."""
+    num_heads = q.shape[2]
+    if q.dtype == torch.float32:
+        return _plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, mask).transpose(1, 2)
+    masked = {} if mask is None else {"atten_mask": mask}
+    return _fused_attention(q, k, v, "BSND", scale, num_heads=num_heads, num_key_value_heads=num_heads, **masked)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, layout: str, scale: float, **options: object) -> Tensor:

@@ -66,6 +66,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
+def key_mask(attended: Tensor, num_queries: int) -> Tensor:
+    return attended.expand(num_queries, -1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bhst,bthd->bshd", weights, v.float()).to(q.dtype)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
     head_dim = k.shape[-1]
     k_cache.view(-1, head_dim)[rows] = k.reshape(-1, head_dim)

@@ -20,10 +20,14 @@ class Flow:
 
     Steps are not time points, of which there is one more, and not evaluations of the network: the midpoint rule makes
     two a step. The usual 10 time points are 9 steps and 18 evaluations.
+
+    fixed_context: what new frames go on from, a voice's prompt and what was spoken, is solved once without them and
+    reused, an approximation (see context.py); by default every block solves it again.
     """
 
     steps: int
     solver: str = "midpoint"
+    fixed_context: bool = False
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from covo_npu.kernels.device import Replayed, fast_dtype, open_device
+from covo_npu.kernels.device import GRAPHS, DeviceCapture, Replayed, device_capture, fast_dtype, open_device
 from covo_npu.kernels.errors import CovoError
 from covo_npu.kernels.select import describe
 from covo_npu.runtime import audio, rank
@@ -109,15 +109,17 @@ class CovoAudio:
         voice: Voice | None = None,
         prefix: Prefix | None = None,
         leader: Leader | None = None,
+        speech_capture: DeviceCapture | None = None,
     ) -> None:
         """voice: whose speech is made unless a call names another; None in a model that does not speak.
 
         prefix: what dialogues begin with, in the dtype and on the device of the LLM; leader: of the other ranks, if
-        there are any.
+        there are any; speech_capture: which the networks of speech have.
         """
         self.manifest, self.config, self.networks, self.weights = manifest, manifest.config, networks, weights
         self.tokenizer, self.report, self.devices = tokenizer, report, devices
         self.device, self.dtype, self.kernels, self.capture = devices.llm, ground.dtype, ground.kernels, ground.capture
+        self.speech_capture = speech_capture
         self.max_context, self.voice, self.leader = max_context, voice, leader
         self._speech_lock, self._speech_filled = threading.Lock(), False
         # A capture is that of the LLM's device: an encoder on another one is launched operator by operator.
@@ -174,7 +176,8 @@ class CovoAudio:
         products = speech_dtype(options.token2wav_dtype, options.dtype, devices.speech)
         kernels = Backends(*(kernels_of(device, ground) for device in devices))
         group = collectives(leader) if leader else ALONE
-        networks = meta_networks(config, kernels, ground.dtype, products, manifest.int8, group)
+        captures = graphs_of_speech(options, ground, devices.speech) if TOKEN2WAV in files else None
+        networks = meta_networks(config, kernels, ground.dtype, products, manifest.int8, group, captures)
         weights = load_weights(manifest, files, options)
         fill(networks.llm, weights.files[llm_file], LLM_PREFIX)
         fill(networks.encoder, weights.files[ENCODER])
@@ -205,7 +208,7 @@ class CovoAudio:
         tokenizer = Tokenizer.from_file(manifest.folder / TOKENIZER, manifest.special_tokens)
         return cls(
             manifest, networks, weights, tokenizer, ground, devices, options.max_context, report, voice,
-            prefix.to(devices.llm) if prefix else None, leader,
+            prefix.to(devices.llm) if prefix else None, leader, captures,
         )  # fmt: skip
 
     def decoder(self, num_slots: int) -> Decoder:
@@ -354,6 +357,17 @@ class CovoAudio:
             given = given_noise(noise[0])
         stream = self.speech_stream(blocks, seed, given, on_progress, voice, flow)
         return np.concatenate((stream.push(codes), stream.finish()))
+
+
+def graphs_of_speech(options: LoadOptions, ground: Ground, device: torch.device) -> DeviceCapture | None:
+    """Return how flow matching is captured on its device, or None for not at all.
+
+    A capture of its own, and so a memory pool: speech has a stream of its own, and graphs of one pool may not run
+    beside each other. On a device that has no graphs nothing is captured, whatever is asked for on the LLM's.
+    """
+    if device == ground.device:
+        return DeviceCapture(device, ground.capture.required) if ground.capture else None
+    return device_capture(options.graph, device) if device.type in GRAPHS else None
 
 
 def speech_dtype(choice: str, dtype: str | None, device: torch.device) -> torch.dtype:

@@ -128,7 +128,7 @@ class LoadOptions:
 
     device: cpu, cuda:N, npu:N or auto; dtype: of LLM and encoder, None: the checkpoint's; backend: of the kernels,
     None: the device's fastest; load: on a CPU, mapped or read; check: compare every byte with its checksum;
-    speech: load token2wav, too; max_context: tokens that a dialogue may hold; graph: whether steps are captured;
+    speech: load token2wav, too; max_context: tokens that a dialogue may hold; graph: whether work is captured;
     products: who multiplies on the backend cpu, None: who is faster here, which is measured; a name gives the same bits
     in every process; token2wav_dtype: of the matrix products of flow matching, auto: see model.speech_dtype; nz: hold
     16-bit weights of an NPU in its format FRACTAL_NZ; tp: tensor-parallel ranks of the LLM, a process each, on the

@@ -2,13 +2,13 @@
 
 Flow matching is not causal, so what is spoken cannot be solved on as a network of language can. A block is solved with
 what was spoken before as known latents, as the network was trained to go on from a voice's prompt; a few codes after
-it may be solved, too, and held back: they tell the block how it goes on, and are solved again in the next one. The
-vocoder continues exactly.
+it may be solved, too, and held back: they tell the block how it goes on, and are solved again in the next one. With a
+fixed context (context.py) what was spoken is not solved again, but looked at as it is. The vocoder continues exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from covo_npu.kernels.errors import CovoError
+from covo_npu.runtime.context import NOTHING, Context, Segment, digest, num_frames, without
 from covo_npu.runtime.networks.bigvgan import Stream, piece_frames
+from covo_npu.runtime.networks.dit import MAX_FRAMES, Rows
 from covo_npu.runtime.options import CODES_PER_S, WHOLE, SpeechBlocks
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
 Noise = Callable[[int], Tensor]  # frames -> the next so many of them, [frames, Z]
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
-
-MAX_FRAMES = 4096  # positions that the published network was made for
 
 
 def drawn_noise(seed: int, latent_dim: int) -> Noise:
@@ -87,6 +87,8 @@ class SpeechStream:
         self._codes = voice.prompt_codes[dropped:]
         self._latents = voice.prompt_latents[dropped * self._factor :]
         self._noise = self._next_noise(voice.num_codes)[dropped * self._factor :]
+        self._fixed: list[Segment] = []  # those of the codes that later blocks only look at
+        self._num_fixed = 0  # codes
 
     # --- whole
 
@@ -158,7 +160,12 @@ class SpeechStream:
         new = torch.tensor(self._waiting[:size], device=self._codes.device)
         codes = torch.cat((self._codes, new))
         noise = torch.cat((self._noise, self._next_noise(size - self._held)))
-        solutions = self._networks.solve(codes, self._latents, noise, self._voice, self._flow)
+        if self._flow.fixed_context:
+            yield from self._fix()
+        fixed, frames = self._num_fixed, self._num_fixed * self._factor
+        solutions = self._networks.solve(
+            codes[fixed:], self._latents[frames:], noise[frames:], self._voice, self._flow, self._context(codes)
+        )
         for done, latents in enumerate(solutions, 1):
             self._tell("flow matching", done, self._flow.evaluations)
             yield latents[:0, 0]
@@ -167,6 +174,33 @@ class SpeechStream:
         self._codes, self._noise, self._latents = codes[:spoken], noise, torch.cat((self._latents, latents))
         self._waiting, self._held = self._waiting[size - look_ahead :], look_ahead
         return latents
+
+    def _fix(self) -> Iterator[Tensor]:
+        """Bring all codes whose latents are known into the fixed context; yield nothing after each evaluation."""
+        start, end = self._num_fixed, min(self._codes.shape[0], self._latents.shape[0] // self._factor)
+        if start == end:
+            return
+        networks, noise, factor = self._networks, self._noise, self._factor
+        key: Hashable = None
+        if self._number == 0:  # the voice's prompt, in noise that is the same in all replies
+            noise = drawn_noise(0, noise.shape[1])(end * factor).to(noise.device)
+            key = (self._flow, digest(self._codes[:end], self._latents[: end * factor], self._voice.speaker_embedding))
+        segment = networks.prompts.get(key) if key else None
+        if segment is None:
+            codes, frames, kept = self._codes[start:end], slice(start * factor, end * factor), list[Rows]()
+            known, context = self._latents[frames], self._context(self._codes)
+            for latents in networks.solve(codes, known, noise[frames], self._voice, self._flow, context, kept):
+                yield latents[:0, 0]
+            segment = tuple(kept)
+            if key:
+                segment[-1].inputs[:, -1].cpu()  # whoever takes it, on another stream, finds all of it
+                networks.prompts.add(key, segment)
+        self._fixed.append(segment)
+        self._num_fixed = end
+
+    def _context(self, codes: Tensor) -> Context:
+        """Return the fixed context. codes: those of the next frames, too."""
+        return Context(tuple(self._fixed), codes[self._num_fixed - 1 : self._num_fixed]) if self._fixed else NOTHING
 
     def _sound(self, latents: Tensor, ends: bool) -> Iterator[Tensor]:
         """Yield the samples that more latents [L, Z] decide."""
@@ -186,6 +220,8 @@ class SpeechStream:
         start, end = self._prompt_codes, self._prompt_codes + past - kept
         self._codes = torch.cat((self._codes[:start], self._codes[end:]))
         start, end = start * self._factor, end * self._factor
+        self._fixed = without(self._fixed, start, end)
+        self._num_fixed = sum(map(num_frames, self._fixed)) // self._factor
         self._latents, self._noise = (torch.cat((x[:start], x[end:])) for x in (self._latents, self._noise))
 
     def _next_noise(self, num_codes: int) -> Tensor:

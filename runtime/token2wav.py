@@ -6,11 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from covo_npu.kernels.device import Capture
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import Token2WavConfig
+from covo_npu.runtime.context import NOTHING, Context, Prompts
+from covo_npu.runtime.evaluations import Evaluations
 from covo_npu.runtime.flow import Flow, guided, integrate
 from covo_npu.runtime.networks.bigvgan import BigVGAN
-from covo_npu.runtime.networks.dit import DiT, TimeModulation
+from covo_npu.runtime.networks.dit import DiT, Rows, TimeModulation
 from covo_npu.runtime.networks.layers import parameter
 from covo_npu.runtime.voice import Voice
 
@@ -34,13 +37,24 @@ class Token2Wav(nn.Module):
     Tensors of a call are on one device with the weights, a voice's too. flow None is the checkpoint's own.
     """
 
-    def __init__(self, config: Token2WavConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of the matrix products in the transformer's blocks; all else is float32."""
+    def __init__(
+        self,
+        config: Token2WavConfig,
+        kernels: Kernels,
+        dtype: torch.dtype = torch.float32,
+        capture: Capture | None = None,
+    ) -> None:
+        """dtype: of the matrix products in the transformer's blocks; all else is float32.
+
+        capture: makes graphs of the transformer's evaluations; it is for nothing else, as Evaluations says.
+        """
         super().__init__()
         self.config = config
         self.flow = Flow(config.flow.time_points - 1)
         self.statistics = Statistics(config)
         self.dit = DiT(config.dit, kernels, dtype)
+        self.evaluations = Evaluations(self.dit, capture)
+        self.prompts = Prompts()  # as fixed contexts
         self.vocoder = BigVGAN(config.vocoder, kernels)
 
     def num_frames(self, num_codes: int, voice: Voice) -> int:
@@ -48,22 +62,36 @@ class Token2Wav(nn.Module):
         return (voice.num_codes + num_codes) * self.config.dit.upsample_factor
 
     def solve(
-        self, codes: Tensor, known_latents: Tensor, noise: Tensor, voice: Voice, flow: Flow | None = None
+        self,
+        codes: Tensor,
+        known_latents: Tensor,
+        noise: Tensor,
+        voice: Voice,
+        flow: Flow | None = None,
+        context: Context = NOTHING,
+        kept: list[Rows] | None = None,
     ) -> Iterator[Tensor]:
         """Yield after each evaluation of the network the normalised latents [L - K, Z] float32 that follow the known.
 
         The last ones are the solution. codes: [n] int64, all of them, a prompt's first; known_latents: [K, Z] of the
         first K frames, K <= L, those of a prompt or any that were solved before: they condition the others. noise:
         [L, Z], L = upsample_factor * n, where the ODE starts. voice: whose speaker it is; its prompt is not read.
+
+        context: fixed frames of the same voice and flow that come before all these; kept: gets the Rows of these at
+        each evaluation, for a context. With either of them evaluations are launched and not captured.
         """
         flow = flow or self.flow
-        conditions = self.dit.conditions(codes, known_latents)
+        conditions = self.dit.conditions(codes, known_latents, context.last_code, context.num_frames)
+        captured = self.evaluations.under(conditions) if kept is None and context is NOTHING else None
         modulations = self.dit.modulations(flow.times(), voice.speaker_embedding)
 
-        def velocity(modulation: TimeModulation, latents: Tensor) -> Tensor:
-            velocities = self.dit(latents, conditions, modulation)
+        def velocity(number: int, modulation: TimeModulation, latents: Tensor) -> Tensor:
+            if captured:
+                velocities = captured(latents, modulation)
+            else:
+                velocities = self.dit(latents, conditions, modulation, context.at(number), kept)
             return guided(velocities, self.config.flow.cfg_alpha, self.config.flow.rescale)
 
-        at_times = [partial(velocity, modulation) for modulation in modulations]
+        at_times = [partial(velocity, *each) for each in enumerate(modulations)]
         for latents in integrate(at_times, noise, flow):
             yield latents[known_latents.shape[0] :]

@@ -26,7 +26,7 @@ from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import audio
 from covo_npu.runtime.engine import Dialogue, Engine, Mark
 from covo_npu.runtime.events import Audio, Done, Event, Failed, Reply, Text, Ticket
-from covo_npu.runtime.options import Ask, Mode
+from covo_npu.runtime.options import Ask, Mode, SpeechBlocks
 from covo_npu.runtime.ranks import RankError
 from covo_npu.serve.dialogues import Dialogues
 from covo_npu.serve.errors import ApiError
@@ -40,6 +40,7 @@ MAX_UNREAD_SAMPLES = 300 * audio.SAMPLE_RATE  # of one reply that nobody takes: 
 IDLE_S = 30.0  # how often a worker without work looks for dialogues that are too old
 WARM_UP_TOKENS = 20  # one block of text and codes
 WARM_UP_CODES = 15
+WARM_UP_BLOCKS = 300  # codes of a reply in blocks of all usual lengths, where each has a graph of its own
 
 T = TypeVar("T")
 
@@ -383,6 +384,8 @@ class Worker:
             engine.forget(dialogue)
         if ask.speaks:  # whether the reply had codes or not
             model.token2wav([0] * WARM_UP_CODES)
+            if model.speech_capture:
+                model.token2wav([0] * WARM_UP_BLOCKS, blocks=SpeechBlocks())
 
 
 def _do(command: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from covo_npu.kernels.device import Capture
 from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.format import TOKEN2WAV, CheckpointError, read_manifest
 from covo_npu.runtime.checkpoint.loader import load_tensors
@@ -39,9 +40,9 @@ def load_token2wav(folder: Path, kernels: Kernels, device: torch.device) -> tupl
     return networks, stored_voice(weights.tensors, networks.config.dit, str(folder)).to(device)
 
 
-def recast(networks: Token2Wav, kernels: Kernels, dtype: torch.dtype) -> Token2Wav:
-    """Return the same networks with their matrix products in another dtype. What stays as it is, is shared."""
+def recast(networks: Token2Wav, kernels: Kernels, dtype: torch.dtype, capture: Capture | None = None) -> Token2Wav:
+    """Return the same networks with their matrix products in another dtype, or captured. What stays, is shared."""
     with torch.device("meta"):
-        other = Token2Wav(networks.config, kernels, dtype)
+        other = Token2Wav(networks.config, kernels, dtype, capture)
     fill(other, networks.state_dict())
     return other

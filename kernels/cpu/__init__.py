@@ -32,6 +32,8 @@ class CPU:
     swiglu = staticmethod(native.swiglu)
     gelu = staticmethod(native.gelu)
     attention = staticmethod(native.attention)
+    key_mask = staticmethod(native.key_mask)
+    masked_attention = staticmethod(native.masked_attention)
     write_kv = staticmethod(native.write_kv)
     prefill_attention = staticmethod(native.prefill_attention)
     step_mask = staticmethod(native.step_mask)

@@ -141,7 +141,7 @@ LOADING: dict[str, Decorator] = {
     ),
     "graph": click.option(
         "--graph", type=click.Choice(GRAPHS), default=LOAD.graph, show_default=True,
-        help="Replay the encoder and decode steps as captured graphs. auto: where the device can.",
+        help="Replay encoder, decode steps and evaluations of speech as captured graphs. auto: where the device can.",
     ),
     "token2wav_dtype": click.option(
         "--token2wav-dtype", type=click.Choice(("auto", *DTYPES)), default=LOAD.token2wav_dtype, show_default=True,
@@ -215,6 +215,11 @@ SPEAKING: dict[str, Decorator] = {
         "--flow-solver", type=click.Choice(SOLVERS),
         help=f"euler runs the network once a step: half the time, a little another sound. Default: {SOLVERS[0]}.",
     ),
+    "fixed_context": click.option(
+        "--fixed-context", is_flag=True,
+        help="Solve the voice's prompt, and what was spoken, once and apart from new speech: much less work, an "
+        "approximation that nobody has heard with the published weights.",
+    ),
 }  # fmt: skip
 
 CUTTING: dict[str, Decorator] = {
@@ -246,6 +251,7 @@ class SpeechOptions:
     voice: Path | None = None
     flow_steps: int | None = None
     flow_solver: str | None = None
+    fixed_context: bool = False
 
     def completed(self, ask: Ask, model: CovoAudio) -> Ask:
         """Return what is asked, with the voice read and the ODE's way filled up from the checkpoint's.
@@ -262,7 +268,7 @@ class SpeechOptions:
     def flow(self, usual: Flow) -> Flow:
         """Return how the ODE is solved. usual: the checkpoint's way."""
         steps, solver = self.flow_steps or usual.steps, self.flow_solver or usual.solver
-        return replace(usual, steps=steps, solver=solver)
+        return replace(usual, steps=steps, solver=solver, fixed_context=self.fixed_context or usual.fixed_context)
 
 
 def loading(*names: str) -> Decorator:

@@ -123,9 +123,11 @@ def _answer(
         failed = converse(Session(model, ask), wav, None if output == STDOUT else output, screen, report)
         if not (report["rounds"] or report["errors"]):
             model.verify()
-    if model.capture and model.capture.report.graphs:
-        graphs = report["graphs"] = dataclasses.asdict(model.capture.report)
-        screen.line(f"{graphs['graphs']} graphs captured in {graphs['seconds']:.2f} s, {graphs['bytes'] / 1e6:.0f} MB")
+    for name, of, capture in (("graphs", "", model.capture), ("speech_graphs", " of speech", model.speech_capture)):
+        if capture and capture.report.graphs:
+            cost = capture.report
+            report[name] = dataclasses.asdict(cost)
+            screen.line(f"{cost.graphs} graphs{of} captured in {cost.seconds:.2f} s, {cost.bytes / 1e6:.0f} MB")
     return failed
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from covo_npu.kernels.device import Capture
 from covo_npu.kernels.errors import listed
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import select
@@ -69,17 +70,18 @@ def meta_networks(
     speech_dtype: torch.dtype = torch.float32,
     int8: Collection[str] = (),
     group: Group = ALONE,
+    speech_capture: Capture | None = None,
 ) -> Networks:
     """Return the networks on the meta device.
 
-    dtype: of LLM and encoder; speech_dtype: see Token2Wav; int8, group: see Qwen2.
+    dtype: of LLM and encoder; speech_dtype, speech_capture: see Token2Wav; int8, group: see Qwen2.
     """
     of = kernels if isinstance(kernels, Backends) else Backends(kernels, kernels, kernels)
     with torch.device("meta"):
         return Networks(
             Qwen2(config.llm, of.llm, dtype, int8, group),
             Encoder(config, of.encoder).to(dtype),
-            Token2Wav(config.token2wav, of.speech, speech_dtype) if config.token2wav else None,
+            Token2Wav(config.token2wav, of.speech, speech_dtype, speech_capture) if config.token2wav else None,
         )
 
 

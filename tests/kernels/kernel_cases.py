@@ -182,6 +182,27 @@ def masked_decode(
     return torch.stack([torch.cat(row) for row in heads])
 
 
+def masked_keys_inputs(generator: torch.Generator) -> Inputs:
+    """Of 13 keys three stand between others, and the last two, that are not attended to and differ wildly."""
+    attended = torch.ones(13, dtype=torch.bool)
+    attended[[2, 3, 7, 11, 12]] = False
+    inputs = {name: normal(generator, 2, 13, 3, 64) for name in "qkv"}
+    for name in "kv":
+        inputs[name] = torch.where(attended[:, None, None], inputs[name], 30 * inputs[name])
+    return {**inputs, "attended": attended, "scale": 0.125}
+
+
+def chosen_keys(q: Tensor, k: Tensor, v: Tensor, attended: Tensor, scale: float) -> Tensor:
+    """Over the chosen keys alone."""
+    k, v = k[:, attended], v[:, attended]
+    return torch.stack([torch.stack([sdpa(*each, scale) for each in zip(*row)], 1) for row in heads_of(q, k, v)])
+
+
+def heads_of(*tensors: Tensor) -> list[list[Tensor]]:
+    """Return [B, S, H, D] tensors as pieces [H, S, D], together for each row of the batch."""
+    return [[x[b].transpose(0, 1) for x in tensors] for b in range(len(tensors[0]))]
+
+
 def snake_textbook(
     x: Tensor, alpha: Tensor, inverse_beta: Tensor, up: tuple[float, ...], down: tuple[float, ...],
     gain: float = 2.0, edge: str = "replicate", beta_first: bool = False,
@@ -346,6 +367,27 @@ CASES = (
             lambda q, k, v, scale: full_attention(q, k, v, 1.0),
             lambda q, k, v, scale: full_attention(q, k, v, scale, causal=True),
             lambda q, k, v, scale: full_attention(q, k[:, :-1], v[:, :-1], scale),
+        ),
+    ),
+    Case(  # more keys than queries
+        "attention",
+        lambda g: {"q": normal(g, 2, 5, 3, 64), **{n: normal(g, 2, 13, 3, 64) for n in "kv"}, "scale": 0.125},
+        full_attention,
+        (
+            lambda q, k, v, scale: full_attention(q, k, v, 1.0),
+            lambda q, k, v, scale: full_attention(q, k[:, :5], v[:, :5], scale),
+            lambda q, k, v, scale: full_attention(q, k[:, -5:], v[:, -5:], scale),
+        ),
+    ),
+    Case(
+        "masked_attention",
+        masked_keys_inputs,
+        chosen_keys,
+        (
+            lambda **inputs: chosen_keys(**{**inputs, "attended": inputs["attended"].logical_not()}),
+            lambda **inputs: chosen_keys(**{**inputs, "attended": torch.ones_like(inputs["attended"])}),
+            lambda **inputs: chosen_keys(**{**inputs, "attended": inputs["attended"].roll(1)}),
+            lambda **inputs: chosen_keys(**{**inputs, "scale": 1.0}),
         ),
     ),
     Case("write_kv", cache_inputs, written, (lambda **inputs: written(**inputs, swap=True),)),

@@ -36,7 +36,11 @@ def run(backend: Any, case: Case, inputs: dict[str, Any]) -> Tensor:
     copies = {n: v.clone() if n.endswith("_cache") else v for n, v in inputs.items()}
     before = {n: v.clone() for n, v in copies.items() if isinstance(v, Tensor) and not n.endswith("_cache")}
     if "attended" in copies:
-        copies["mask"] = backend.step_mask(attended=copies.pop("attended"))
+        attended = copies.pop("attended")
+        if case.function == "masked_attention":
+            copies["mask"] = backend.key_mask(attended=attended, num_queries=inputs["q"].shape[1])
+        else:
+            copies["mask"] = backend.step_mask(attended=attended)
         before.pop("attended")
     result = getattr(backend, case.function)(**copies)
     for name, value in before.items():
@@ -91,8 +95,8 @@ def test_caches_are_written_bit_for_bit() -> None:
 
 
 def test_every_function_of_the_contract_has_a_case() -> None:
-    # step_mask makes what masked_decode_attention takes, conv_weight what conv1d reads: see their tests
-    assert {case.function for case in CASES} | {"step_mask", "conv_weight"} == set(select.FUNCTIONS)
+    # masks are made for what takes them, conv_weight makes what conv1d reads: see their tests
+    assert {case.function for case in CASES} | {"key_mask", "step_mask", "conv_weight"} == set(select.FUNCTIONS)
     for backend in BACKENDS:
         assert all(callable(getattr(backend, function)) for function in select.FUNCTIONS)
         as_kernels: interface.Kernels = backend

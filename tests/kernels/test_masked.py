@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from covo_npu.kernels import native, select
-from covo_npu.kernels.masked import TOLERANCES, masked_attention_error
+from covo_npu.kernels.masked import TOLERANCES, masked_attention_error, masked_keys_error
 
 HEADS, KV_HEADS, HEAD_DIM, MAX_LENGTH = 14, 2, 128, 4096  # half of the model's heads and rows
 BOUNDS = (512, 1024, 4096)
@@ -71,3 +71,51 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_kernel_is_seen(mutant: str, dtype: torch.dtype) -> None:
     assert error(4096, dtype, masked=MUTANTS[mutant]) > 3 * TOLERANCES[dtype]
+
+
+# --- of all queries at once, as flow matching has it
+
+
+def keys_error(frames: int, dtype: torch.dtype, masked: Any = native.masked_attention) -> float:
+    functions = {name: getattr(native, name) for name in select.FUNCTIONS} | {"masked_attention": masked}
+    q = torch.empty(2, frames, 4, 64, dtype=dtype)
+    return masked_keys_error(SimpleNamespace(**functions), q)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("frames", [128, 1280])
+def test_a_right_kernel_holds_for_all_queries(frames: int, dtype: torch.dtype) -> None:
+    assert keys_error(frames, dtype) <= TOLERANCES[dtype] / 2
+
+
+def changed(change: Any) -> Any:
+    """Return a kernel that sees another mask [1, K]."""
+    return lambda q, k, v, mask, scale: native.masked_attention(q, k, v, change(mask), scale)
+
+
+def without(first: int, rows: int) -> Any:
+    places = torch.arange(1280)
+    return changed(lambda mask: mask & ((places < first) | (places >= first + rows)))
+
+
+def for_the_last_query_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    out = native.attention(q, k, v, scale).clone()
+    out[:, -1:] = native.masked_attention(q[:, -1:], k, v, mask, scale)
+    return out
+
+
+KEY_MUTANTS = {
+    "the mask is ignored": changed(torch.ones_like),
+    "the mask is inverted": changed(torch.logical_not),
+    "a key too many": changed(lambda mask: mask | mask.roll(1, 1)),
+    "the last key is left out": without(1278, 1),
+    "keys past the first tile of 512 are left out": without(512, 1280),
+    "a part of a tile is left out": without(1024, 64),
+    "for the last query alone": for_the_last_query_alone,
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("mutant", KEY_MUTANTS)
+def test_a_wrong_kernel_is_seen_for_all_queries(mutant: str, dtype: torch.dtype) -> None:
+    assert keys_error(1280, dtype, KEY_MUTANTS[mutant]) > 3 * TOLERANCES[dtype]

@@ -35,6 +35,8 @@ SPEECH = ("tests/runtime/test_goldens.py::test_token2wav", "-k", "15")
 MEL = ("tests/runtime/test_audio.py::test_mel_segments_and_placeholders_are_upstreams", "-k", "question_en")
 RANKS = ("tests/convert/test_ranks.py::test_the_ranks_files_hold_each_row_and_column_of_the_whole_once", "-k", "head")
 STEP = ("tests/tools/test_bench_decode.py", "-k", "of_the_file")
+CAPTURED = ("tests/runtime/test_evaluations.py", "-k", "lengths_that_take_turns")
+CONTEXT = ("tests/runtime/test_context.py", "-k", "textbook")
 FOLD = ("tests/convert/test_transforms.py", "-k", "weight_norm")
 
 
@@ -51,6 +53,7 @@ class Mutant:
 
 QWEN2 = "runtime/networks/qwen2.py"
 NATIVE, SAMPLER, TOKEN2WAV = "kernels/native.py", "runtime/sampling.py", "runtime/token2wav.py"
+EVALUATIONS, DIT = "runtime/evaluations.py", "runtime/networks/dit.py"
 ROWS = "cache.first_rows[slot] + {}[:, None]"
 LAST = "round_.before, tuple(round_.tokens{})"
 CHOICE = "torch.where(scores > 0, scores {} penalty, scores {} penalty)"
@@ -81,8 +84,16 @@ MUTANTS = (
     Mutant(
         "prompt-frames", TOKEN2WAV, "latents[known_latents.shape[0] :]", "latents[known_latents.shape[0] + 1 :]", SPEECH
     ),
+    Mutant("old-frames", EVALUATIONS, "self._latents[num_frames:].zero_()", "pass", CAPTURED),
+    Mutant("all-frames", EVALUATIONS, "device=inputs.device) < num_frames", "device=inputs.device) >= 0", CAPTURED),
+    Mutant(
+        "old-time", EVALUATIONS, "(self._mask, mask), (self._rows, modulation.rows))", "(self._mask, mask))", CAPTURED
+    ),
+    Mutant("context-place", DIT, "cos[:, -length:], sin[:, -length:]", "cos[:, :length], sin[:, :length]", CONTEXT),
+    Mutant("context-inputs", DIT, "rows.inputs[:, -reach:]", "rows.inputs[:, :reach]", CONTEXT),
+    Mutant("context-code", DIT, "torch.cat((last_code, codes))", "torch.cat((codes[:1], codes))", CONTEXT),
     Mutant("statistics", TOKEN2WAV, STD, f"{STD}.square()", SPEECH),
-    Mutant("time", "runtime/networks/dit.py", SINUSOID.format("cos", "sin"), SINUSOID.format("sin", "cos"), SPEECH),
+    Mutant("time", DIT, SINUSOID.format("cos", "sin"), SINUSOID.format("sin", "cos"), SPEECH),
     Mutant("mel-floor", "runtime/audio.py", "logarithm.amax() - 8.0", "logarithm.amax() - 7.0", MEL),
     Mutant("weight-norm", "convert/transforms.py", "dim=tuple(range(1, v.ndim))", "dim=tuple(range(v.ndim))", FOLD),
 )

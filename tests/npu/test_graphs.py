@@ -19,7 +19,10 @@ from covo_npu.kernels.device import DeviceCapture, device_capture
 from covo_npu.kernels.errors import BackendError
 from covo_npu.runtime import CovoAudio, Sampling, Session
 from covo_npu.runtime.decode import Decoder
+from covo_npu.runtime.evaluations import Evaluations
+from covo_npu.runtime.flow import Flow
 from covo_npu.runtime.networks.cache import allocate
+from covo_npu.runtime.options import SpeechBlocks
 from covo_npu.tools.synth.config import PRESETS
 
 DEVICE = torch.device("npu", 0)
@@ -55,6 +58,56 @@ def test_a_captured_step_is_one_launch_without_aicpu_and_makes_its_mask_once() -
     assert log.replayed.count("aten::logical_not") == 1
     assert log.replayed.count("npu::npu_fused_infer_attention_score") == model.config.llm.num_layers
     assert not log.on_aicpu
+
+
+@torch.inference_mode()
+def test_a_captured_evaluation_of_speech_is_a_replay_and_the_copies_around_it() -> None:
+    model = made_up("npu:0", PRESETS["tiny"])
+    speech, voice = model.networks.token2wav, model.voice
+    assert speech
+    evaluations = Evaluations(speech.dit, device_capture("auto", DEVICE))
+    codes = torch.cat((voice.prompt_codes, torch.zeros(20, dtype=torch.int64, device=DEVICE)))
+    evaluate = evaluations.under(speech.dit.conditions(codes, voice.prompt_latents))
+    (time,) = speech.dit.modulations([0.5], voice.speaker_embedding)
+    latents = torch.zeros(4 * len(codes), speech.config.dit.latent_dim, device=DEVICE)
+    evaluate(latents, time)
+    with device.log.recording() as log:
+        evaluate(latents, time)
+    # latents, zeros behind them, inputs, mask and time go in, the velocities of the reply come out
+    copies = ["aten::copy_", "aten::zero_", *["aten::copy_"] * 3]
+    assert [name for name, _ in log.launches] == [*copies, "npu::replay", "aten::clone"] and not log.synchronisations
+    assert log.replayed.count("npu::npu_fused_infer_attention_score") == speech.config.dit.num_layers
+    assert not log.on_aicpu
+
+
+def launched_and_captured(folder: Path, dtype: str) -> tuple[np.ndarray, np.ndarray, CovoAudio]:
+    """Return speech of the same codes without graphs and with, and the model that has them."""
+    codes, found = [(7 * i) % 64 for i in range(40)], []
+    for graph in ("off", "auto"):
+        model = CovoAudio.load(folder, device="npu:0", token2wav_dtype=dtype, graph=graph)
+        found.append(model.token2wav(codes, seed=1, flow=Flow(2), blocks=SpeechBlocks()))
+    return *found, model
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_speech_is_captured_by_default_and_is_what_is_launched(
+    convert_tiny: Callable[[str], Path], dtype: str, apart: float
+) -> None:
+    launched, captured, model = launched_and_captured(convert_tiny("float32"), dtype)
+    assert np.linalg.norm(captured - launched) <= apart * np.linalg.norm(launched)
+    assert model.speech_capture and model.capture and model.speech_capture.report.graphs == 2
+    assert model.speech_capture._pool != model.capture._pool  # its graphs may run beside those of steps
+
+
+def test_a_mask_that_the_device_reads_the_other_way_is_seen(
+    convert_tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(npu, "key_mask", lambda attended, num_queries: attended.expand(num_queries, -1).contiguous())
+    launched, captured, model = launched_and_captured(convert_tiny("float32"), "bfloat16")
+    assert np.array_equal(launched, captured) and "attention under a mask off by" in caplog.text
+    model = CovoAudio.load(convert_tiny("float32"), device="npu:0", graph="on")
+    with pytest.raises(BackendError, match=r"npu:0: flow matching of 128 frames .* again with --graph off"):
+        model.token2wav([1] * 9)
 
 
 def test_the_reason_is_the_operators_not_that_of_the_broken_capture() -> None:

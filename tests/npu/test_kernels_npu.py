@@ -105,6 +105,7 @@ MUTANTS = {
     "rms_norm": lambda x, weight, eps: npu.rms_norm(x, weight, 1e-3),
     "layer_norm": lambda x, weight, bias, eps: npu.layer_norm(x, 1 + weight, bias, eps),
     "attention": lambda q, k, v, scale: npu.attention(q, k, v, 1.1 * scale),
+    "masked_attention": lambda q, k, v, mask, scale: npu.masked_attention(q, k, v, ~mask, scale),
     "anti_aliased_snake": lambda x, alpha, inverse_beta, up, down: npu.anti_aliased_snake(
         x, alpha, inverse_beta, up[::-1], down
     ),

@@ -38,6 +38,7 @@ def test_covo_run_answers_as_upstream_does(
     [answer] = report["rounds"]
     assert report["device"] == "npu:0" and report["backend"].startswith("npu (")
     assert answer["tokens"] == expected["r0_tokens"].tolist()
+    assert report["graphs"]["graphs"] == 2 and report["speech_graphs"]["graphs"] == 1
     samples, rate = soundfile.read(tmp_path / answer["wav"])
     assert rate == 24_000 and np.abs(samples).max() > 0
 
@@ -65,6 +66,9 @@ def test_encoder_and_speech_on_a_device_of_their_own(
     placed = {row["device"]: row["bytes"] for row in report["load"]["placed"]}
     assert placed == {llm: sizes["llm-rank0of1"], stages: sizes["encoder"] + sizes["token2wav"]}
     assert f"rank 0, {stages}:" in done.stdout + done.stderr
+    captured = {"graphs": llm, "speech_graphs": stages}  # each where its own device has them
+    assert report.keys() & captured.keys() == {name for name, device in captured.items() if device == "npu:0"}
+    assert ("graphs of speech captured" in done.stdout + done.stderr) == (stages == "npu:0")
 
 
 def test_covo_check_ops_runs_every_stage_on_the_device_that_is_there(

@@ -229,6 +229,8 @@ def test_the_good_calls_run() -> None:
     first = attend(q=half(1, 4, 1, 32), v=there(rising), atten_mask=triangle(), sparse_mode=2)
     assert not first.any()  # one query anchored top-left sees the first key alone
     assert attend(atten_mask=triangle(9)).shape == (1, 4, 5, 32)  # more rows than queries
+    whole = {"q": half(2, 5, 4, 32), "k": half(2, 9, 4, 32), "num_key_value_heads": 4, "input_layout": "BSND"}
+    assert attend(**whole, atten_mask=ones(5, 9, dtype=torch.bool)).shape == (2, 5, 4, 32)  # for all rows of the batch
     assert attend(actual_seq_lengths_kv=[0, 3]).shape == (1, 4, 5, 32)  # more lengths than rows, and none
     assert attend(q=half(1, 4, 1, 32), atten_mask=ones(1, 12, dtype=torch.bool)).shape == (1, 4, 1, 32)
     assert torch_npu.npu_format_cast(half(4, 8), 29).shape == (4, 8)

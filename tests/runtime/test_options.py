@@ -84,6 +84,7 @@ def test_the_flow_of_speech_is_the_checkpoints_where_nothing_is_said():
     assert options.SpeechOptions().flow(usual) == usual
     assert options.SpeechOptions(flow_steps=6).flow(usual) == Flow(6)
     assert options.SpeechOptions(flow_solver="euler").flow(usual) == Flow(9, "euler")
+    assert options.SpeechOptions(fixed_context=True).flow(usual) == Flow(9, fixed_context=True)
     assert set(options.SOLVERS) == set(SOLVERS) and options.SOLVERS[0] == usual.solver
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from covo_npu.kernels import native
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import speech
+from covo_npu.runtime.evaluations import Evaluations
 from covo_npu.runtime.flow import Flow
 from covo_npu.runtime.options import WHOLE, SpeechBlocks
 from covo_npu.runtime.speech import SpeechStream, drawn_noise, given_noise
@@ -105,7 +106,7 @@ def test_one_block_is_the_whole_reply_bit_for_bit(voice: Voice, count: int) -> N
 class PointwiseDiT:
     """A field that sees of a frame its code, its place in the code, its latents and the time: blocks change nothing."""
 
-    def conditions(self, codes: Tensor, known_latents: Tensor) -> Tensor:
+    def conditions(self, codes: Tensor, *others: object) -> Tensor:
         frames = torch.stack([codes + 0.1 * place for place in range(4)], 1).flatten()
         return torch.sin(frames[:, None] * torch.arange(1, Z + 1) * 0.7)
 
@@ -122,6 +123,7 @@ def pointwise() -> Token2Wav:
     networks = random_token2wav(FAST, native)
     del networks.dit
     object.__setattr__(networks, "dit", PointwiseDiT())
+    networks.evaluations = Evaluations(networks.dit)
     return networks
 
 
@@ -161,7 +163,7 @@ def test_any_plan_and_any_cutting(networks: Token2Wav, voice: Voice, data: st.Da
     )
     count = data.draw(st.integers(0, 60))
     cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=6)))
-    codes, flow = some_codes(count), Flow(1, "euler")
+    codes, flow = some_codes(count), Flow(1, "euler", fixed_context=data.draw(st.booleans()))
     found = spoken(stream(networks, voice, blocks, flow=flow), codes, cuts)
     assert found.shape == (max(0, HOP * (4 * count - 3)),) and np.isfinite(found).all()
     assert np.array_equal(found, spoken(stream(networks, voice, blocks, flow=flow), codes))
@@ -230,7 +232,7 @@ class Lengths:
         self.frames: list[int] = []
         self.known: list[int] = []
 
-        def solve(codes: Tensor, known: Tensor, noise: Tensor, voice: Voice, flow: Flow) -> Iterator[Tensor]:
+        def solve(codes: Tensor, known: Tensor, noise: Tensor, *others: object) -> Iterator[Tensor]:
             assert len(noise) == 4 * len(codes)
             self.frames.append(len(noise))
             self.known.append(len(known))

@@ -50,8 +50,9 @@ def test_bench(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
     assert {(row["stage"], row["codes"]) for row in rows if row["path"] == "ours float32"} == {
         (stage, codes) for stage in ("flow matching", "vocoder") for codes in (2, 3)
     }
+    assert {row["stage"] for row in rows if row["path"] == "fixed context float32"} == {"flow matching"}
     assert all(row["seconds"] > 0 and row["rtf"] > 0 for row in rows)
-    assert "| stock float32 | " in done.stdout
+    assert "| stock float32 " in done.stdout
 
 
 def test_bench_of_streams(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_faults_are_above_the_bounds(fault: str, dtype: torch.dtype) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    made_of_others = {"step_mask", "masked_decode_attention", "conv_weight"}  # measured, or a preparation
+    measured = {"masked_attention", "masked_decode_attention"}
+    made_of_others = measured | {"key_mask", "step_mask", "conv_weight"}  # preparations
     assert {case.function for case in CASES.values()} | made_of_others == set(select.FUNCTIONS)
 
 
@@ -76,7 +77,8 @@ def test_a_refused_call_is_a_finding_that_fails(monkeypatch: pytest.MonkeyPatch)
     backend: Any = SimpleNamespace(**{f: getattr(native, f) for f in select.FUNCTIONS} | {"swiglu": refuse})
     monkeypatch.setattr(kernels, "_cases", lambda: [CASES["swiglu"], CASES["gelu"]])
     monkeypatch.setattr(kernels, "BOUNDS", (512,))
+    monkeypatch.setattr(kernels, "FRAMES", (128,))
     found = {finding.name: finding for finding in kernels.findings(backend, CPU)}
-    assert len(found) == 5
+    assert len(found) == 6
     assert found["swiglu, float32"].measured == "refused: call aclnnSwiGlu failed"
     assert {name for name, finding in found.items() if not finding.holds} == {"swiglu, float32", "swiglu, bfloat16"}

@@ -56,8 +56,8 @@ def test_report(convert_tiny: Callable[[str], Path]) -> None:
     report = json.loads(done.stdout)
     names = [finding["name"] for finding in report["findings"]]
     assert names[1] == "bfloat16" and report["holds"]
-    assert names[5:] == [f"in blocks, {name}" for name in PLANS]
-    assert all("seams: energy" in finding["measured"] for finding in report["findings"][5:])
+    assert names[5:] == ["fixed context", *(f"in blocks, {name}" for name in (*PLANS, "default, fixed context"))]
+    assert all("seams: energy" in finding["measured"] for finding in report["findings"][6:])
     assert names[2:5] == [
         "12 evaluations (6 midpoint steps)", "8 evaluations (4 midpoint steps)", "9 evaluations (9 euler steps)"
     ]  # fmt: skip

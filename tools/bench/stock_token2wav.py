@@ -49,10 +49,7 @@ class StockToken2Wav:
         """Return the solution of the ODE [L, Z], or where it stands after some evaluations (an even number)."""
         config, z = self.config, noise[None]
         codes = torch.cat((self.voice.prompt_codes, codes))
-        tokens = self._linear("token_proj", F.embedding(codes, self.dit["token_embedding.weight"])[None])
-        tokens = F.conv_transpose1d(
-            tokens.transpose(1, 2), self.dit["token_upsample.weight"], self.dit["token_upsample.bias"], 4, padding=2
-        ).transpose(1, 2)
+        tokens = self._tokens(codes)
         known = torch.zeros_like(z)
         known[:, : self.voice.prompt_latents.shape[0]] = self.voice.prompt_latents
         times = torch.linspace(0, 1, config.flow.time_points, device=z.device)
@@ -61,6 +58,12 @@ class StockToken2Wav:
             half = z + self._guided(start, z, tokens, known) * (step / 2)
             z = z + self._guided(start + step / 2, half, tokens, known) * step
         return z[0]
+
+    def _tokens(self, codes: Tensor) -> Tensor:
+        tokens = self._linear("token_proj", F.embedding(codes, self.dit["token_embedding.weight"])[None])
+        return F.conv_transpose1d(
+            tokens.transpose(1, 2), self.dit["token_upsample.weight"], self.dit["token_upsample.bias"], 4, padding=2
+        ).transpose(1, 2)
 
     def _guided(self, time: Tensor, z: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
         both = torch.cat((torch.zeros_like(tokens), tokens))
@@ -78,15 +81,18 @@ class StockToken2Wav:
         speaker = self.voice.speaker_embedding.expand(z.shape[0], -1)
         c = self._linear("cond_proj", torch.cat((embedded, speaker), -1))
         x = self._linear("input_proj", torch.cat((tokens, known, z), -1))
-        conv = F.conv1d(
-            x.transpose(1, 2), self.dit["conv_embed.weight"], self.dit["conv_embed.bias"],
-            padding=config.conv_kernel_size // 2, groups=config.conv_groups,
-        )  # fmt: skip
-        x = x + F.gelu(conv).transpose(1, 2)
+        x = x + F.gelu(self._convolved(x))
         for index in range(config.num_layers):
             x = self.block(index, x, c)
         shift, scale = self._linear("output_modulation", F.silu(c)).chunk(2, -1)
         return self._linear("output_proj", _modulated(x, shift, scale))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        config = self.config.dit
+        return F.conv1d(
+            x.transpose(1, 2), self.dit["conv_embed.weight"], self.dit["conv_embed.bias"],
+            padding=config.conv_kernel_size // 2, groups=config.conv_groups,
+        ).transpose(1, 2)  # fmt: skip
 
     def block(self, index: int, x: Tensor, c: Tensor) -> Tensor:
         """Return the next hidden states [B, L, C] of one transformer block. c: [B, C]."""
@@ -99,12 +105,15 @@ class StockToken2Wav:
         q, k, v = (t.view(batch, length, config.num_heads, -1).transpose(1, 2) for t in projected)
         cos, sin = self._rotary(length, size // config.num_heads, x.device)
         q, k = (t * cos + torch.cat((-t.chunk(2, -1)[1], t.chunk(2, -1)[0]), -1) * sin for t in (q, k))
-        bias = torch.zeros(batch, config.num_heads, length, length, device=x.device)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q))
         attended = attended.transpose(1, 2).reshape(batch, length, size)
         x = x + gate_a[:, None] * self._linear(f"{prefix}.o_proj", attended)
         hidden = F.gelu(self._linear(f"{prefix}.fc1", _modulated(x, shift_m, scale_m)), approximate="tanh")
         return x + gate_m[:, None] * self._linear(f"{prefix}.fc2", hidden)
+
+    def _bias(self, q: Tensor) -> Tensor:
+        """Return what is added to scores, [B, H, L, L]. q: [B, H, L, D]."""
+        return torch.zeros(*q.shape[:3], q.shape[2], device=q.device)
 
     def _rotary(self, length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         frequencies = self.config.dit.rope_theta ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)

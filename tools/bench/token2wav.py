@@ -2,13 +2,13 @@
 
 Flow matching is timed by the evaluation of its network: `--evaluations` of them a turn, the time of all 18 (or what the
 solver makes) extrapolated, since each costs the same; `--whole` runs them all. The vocoder always runs whole.
-`--stream` measures replies in blocks instead, see stream.py.
+`--stream` measures replies in blocks instead, see stream.py; these are launched operator by operator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,13 +18,15 @@ import click
 import torch
 from torch import Tensor
 
-from covo_npu.kernels.device import fast_dtype, open_device
+from covo_npu.kernels.device import device_capture, fast_dtype, open_device
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import describe, select
 from covo_npu.runtime.audio import SAMPLE_RATE
 from covo_npu.runtime.checkpoint.config import DiTConfig, VocoderConfig
 from covo_npu.runtime.cli import console, options
-from covo_npu.runtime.flow import guided
+from covo_npu.runtime.context import NOTHING, Context
+from covo_npu.runtime.flow import SOLVERS, guided
+from covo_npu.runtime.networks.dit import Rows
 from covo_npu.runtime.options import LoadOptions
 from covo_npu.runtime.token2wav import Token2Wav
 from covo_npu.runtime.voice import Voice
@@ -36,6 +38,7 @@ from covo_npu.tools.report import machine_line, machine_report, table
 from covo_npu.tools.speech import PLANS, load_token2wav, recast
 
 STOCK, OURS, OURS_HALF = "stock float32", "ours float32", "ours bfloat16"  # the last word: dtype of the products
+FIXED = "fixed context"  # ours, the prompt one that is at hand
 FLOW, VOCODER = "flow matching", "vocoder"
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -65,12 +68,12 @@ class StageTime:
 # --- what there is to compute
 
 
-def evaluation_flops(config: DiTConfig, frames: int) -> float:
-    """Return the operations of the products of one evaluation, both guidance rows."""
+def evaluation_flops(config: DiTConfig, frames: int, before: int = 0) -> float:
+    """Return the operations of the products of one evaluation, both guidance rows. before: frames of a context."""
     size = config.hidden_size
     linear = config.num_layers * (4 * size**2 + 2 * size * config.intermediate_size) + 2 * size * config.latent_dim
     conv = config.conv_kernel_size * size**2 // config.conv_groups
-    attention = config.num_layers * 2 * frames * size  # a frame: scores, then values
+    attention = config.num_layers * 2 * (before + frames) * size  # a frame: scores, then values
     return 2.0 * 2 * frames * (linear + conv + attention)
 
 
@@ -93,12 +96,21 @@ class Paths:
     """The same weights on every path, and inputs for one length."""
 
     def __init__(
-        self, networks: Token2Wav, voice: Voice, kernels: Kernels, device: torch.device, evaluations: int
+        self,
+        networks: Token2Wav,
+        voice: Voice,
+        kernels: Kernels,
+        device: torch.device,
+        evaluations: int,
+        graph: str = "auto",
     ) -> None:
-        self.device, self.config, self.evaluations = device, networks.config, evaluations
-        self.networks, self.voice = {OURS: networks}, voice
+        self.device, self.config, self.evaluations, self.voice = device, networks.config, evaluations, voice
+        dtypes = {OURS: torch.float32}
         if fast_dtype(device) == torch.bfloat16:
-            self.networks[OURS_HALF] = recast(networks, kernels, torch.bfloat16)
+            dtypes[OURS_HALF] = torch.bfloat16
+        self.networks = {
+            path: recast(networks, kernels, dtype, device_capture(graph, device)) for path, dtype in dtypes.items()
+        }
         self.stock = StockToken2Wav(networks, voice)
 
     def turns(self, codes: int) -> dict[tuple[str, str], Callable[[], object]]:
@@ -113,9 +125,29 @@ class Paths:
         }
         for path, each in self.networks.items():
             found[path, FLOW] = partial(evaluate, each, self.voice, ids, noise, self.evaluations)
+            found[f"{FIXED} {path.split()[-1]}", FLOW] = self._after_prompt(each, ids, noise)
         found[STOCK, VOCODER] = partial(self.stock.vocoder, latents)
         found[OURS, VOCODER] = partial(self.networks[OURS].vocoder, latents)
         return found
+
+    def _after_prompt(self, networks: Token2Wav, ids: Tensor, noise: Tensor) -> Callable[[], object]:
+        """Return a turn of the reply's frames alone, the prompt a fixed context that is at hand."""
+        voice, flow = self.voice, networks.flow
+        flow = replace(flow, steps=self.evaluations // SOLVERS[flow.solver], fixed_context=True)
+        frames, kept = self.fixed_frames, list[Rows]()
+        codes = frames // self.config.dit.upsample_factor
+        prompt, known = voice.prompt_codes[:codes], voice.prompt_latents
+        if codes:
+            list(networks.solve(prompt, known[:frames], noise[:frames], voice, flow, kept=kept))
+        context = Context((tuple(kept),), prompt[-1:]) if codes else NOTHING
+        following = torch.cat((voice.prompt_codes[codes:], ids))
+        return lambda: list(networks.solve(following, known[frames:], noise[frames:], voice, flow, context))
+
+    @property
+    def fixed_frames(self) -> int:
+        """Those of the prompt's codes whose latents are all known."""
+        factor = self.config.dit.upsample_factor
+        return min(self.voice.num_codes, self.voice.num_frames // factor) * factor
 
     def frames(self, codes: int) -> dict[str, int]:
         """Return {stage: the latent frames that it works on}."""
@@ -129,10 +161,10 @@ def evaluate(networks: Token2Wav, voice: Voice, codes: Tensor, noise: Tensor, ev
     if evaluations == networks.flow.evaluations:
         *_, latents = networks.solve(codes, voice.prompt_latents, noise, voice)
         return latents
-    conditions = networks.dit.conditions(codes, voice.prompt_latents)
+    velocities = networks.evaluations.under(networks.dit.conditions(codes, voice.prompt_latents))
     (modulation,) = networks.dit.modulations([0.0], voice.speaker_embedding)
     for _ in range(evaluations):
-        velocity = guided(networks.dit(noise, conditions, modulation), networks.config.flow.cfg_alpha, False)
+        velocity = guided(velocities(noise, modulation), networks.config.flow.cfg_alpha, False)
         noise = torch.add(noise, velocity, alpha=0.05)
     return noise
 
@@ -158,13 +190,17 @@ def measured(paths: Paths, codes: int, runs: int) -> list[StageTime]:
         FLOW: evaluations * evaluation_flops(config.dit, frames[FLOW]),
         VOCODER: vocoder_flops(config.vocoder, frames[VOCODER]),
     }
+    fixed = paths.fixed_frames
+    following = evaluations * evaluation_flops(config.dit, frames[FLOW] - fixed, fixed)
     speech_s = frames[VOCODER] * prod(config.vocoder.upsample_rates) / SAMPLE_RATE
     rows = []
     for (path, stage), taken in found.items():
         factor = evaluations / paths.evaluations if stage == FLOW else 1.0
         seconds = measure.spread(turn.seconds for turn in taken).median * factor
         peak = max(turn.peak_bytes for turn in taken)
-        rows.append(StageTime(path, stage, codes, frames[stage], seconds, flops[stage], seconds / speech_s, peak))
+        after = path.startswith(FIXED)
+        number, operations = (frames[FLOW] - fixed, following) if after else (frames[stage], flops[stage])
+        rows.append(StageTime(path, stage, codes, number, seconds, operations, seconds / speech_s, peak))
     return rows
 
 
@@ -197,7 +233,7 @@ def rows_table(rows: Sequence[StageTime], rates: dict[str, float]) -> str:
 
 @click.command("token2wav")
 @options.ckpt()
-@options.loading("device", "backend", "threads")
+@options.loading("device", "backend", "graph", "threads")
 @click.option("--codes", multiple=True, type=click.IntRange(1), default=(75,), show_default=True, help="Of a reply.")
 @click.option("--runs", default=2, show_default=True, type=click.IntRange(1), help="Turns of every path.")
 @click.option("--evaluations", default=2, show_default=True, type=click.IntRange(2), help="A turn; an even number.")
@@ -219,8 +255,8 @@ def command(
     """Codes to a waveform, against a straightforward implementation on the same weights in one process."""
     device = open_device(options.device)
     kernels = select(options.backend, device)
+    networks, voice = load_token2wav(ckpt, kernels, device)
     with torch.inference_mode():
-        networks, voice = load_token2wav(ckpt, kernels, device)
         counted = networks.flow.evaluations if whole else evaluations // 2 * 2
         if stream:
             dtype = fast_dtype(device)
@@ -234,7 +270,7 @@ def command(
             ]
             _show(plans_table(times), [asdict(row) for row in times], networks, said, device, json_file)
             return
-        paths, before, found = Paths(networks, voice, kernels, device, counted), matrix_rates(device), []
+        paths, before, found = Paths(networks, voice, kernels, device, counted, options.graph), matrix_rates(device), []
         for count in codes:
             click.echo(f"{count} codes", err=True)
             found += measured(paths, count, runs)

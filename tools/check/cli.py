@@ -13,7 +13,7 @@ CHECKS = {
     "stages": "What every stage gives on one device, saved and compared on another.",
     "ops": "Every stage on the device: nothing is refused, nothing falls back to the host.",
     "launches": "What an NPU's profiler sees: kernels, those on the AICPU, the ten most expensive.",
-    "graphs": "A reply of more rows than one graph takes, with captured graphs and without: equal tokens.",
+    "graphs": "A reply of more rows than one graph takes, with captured graphs and without: equal tokens and speech.",
     "transfer": "Page-locked copies to the device, and what part of that a load reaches.",
     "speech": "What bfloat16 and fewer evaluations change in the speech, beside what threads change.",
     "all": "All of these as one report, to attach to a bug report.",

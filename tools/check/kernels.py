@@ -17,7 +17,7 @@ from torch import Tensor
 from covo_npu.kernels import reference
 from covo_npu.kernels.device import open_device
 from covo_npu.kernels.interface import Kernels
-from covo_npu.kernels.masked import TOLERANCES, masked_attention_error
+from covo_npu.kernels.masked import TOLERANCES, masked_attention_error, masked_keys_error
 from covo_npu.kernels.select import describe, select
 from covo_npu.tools.check.result import Finding, Result, Subject, below, check
 
@@ -26,6 +26,7 @@ ENCODER, DIT = (1, 1500, 20, 64), (2, 700, 16, 64)  # [B, S, H, D] of attention:
 MAX_LENGTH = 8192
 LENGTHS = (1, 511, 513, 1500, 4097, 8000)  # around and far beyond the tiles of attention kernels
 BOUNDS = (512, 1024, 2048, 4096, 8192)  # of captured steps
+FRAMES = (1280, 1536, 2048)  # of captured evaluations of flow matching: usual blocks after the published prompt
 TAPS = tuple(0.02 * (k + 1) for k in range(12))
 # Relative to the largest value of a row of the result. float32: what torch_npu's own tests accept (assertRtolEqual); 16
 # bits: four roundings.
@@ -130,7 +131,7 @@ def _rows(random: Callable[..., Tensor]) -> Inputs:
 
 
 def findings(kernels: Kernels, device: torch.device) -> Iterator[Finding]:
-    """Yield one finding for each case and dtype, and one for each bound of a captured step."""
+    """Yield one finding for each case and dtype, and one for each size of a mask that captured work has."""
     for case in _cases():
         for dtype in case.dtypes:
             name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
@@ -145,6 +146,10 @@ def findings(kernels: Kernels, device: torch.device) -> Iterator[Finding]:
     for bound in BOUNDS:
         error = masked_attention_error(kernels, q, cache, bound)
         yield below(f"masked_decode_attention, {bound} rows", error, TOLERANCES[q.dtype], "against lengths", ".1e")
+    for frames in FRAMES:
+        q = torch.empty(2, frames, *DIT[2:], dtype=torch.bfloat16, device=device)
+        error = masked_keys_error(kernels, q)
+        yield below(f"masked_attention, {frames} frames", error, TOLERANCES[q.dtype], "against lengths", ".1e")
 
 
 def _error(kernels: Kernels, device: torch.device, case: Case, dtype: torch.dtype) -> float:

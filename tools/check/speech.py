@@ -1,4 +1,4 @@
-"""covo-check speech: what a narrower dtype, fewer evaluations, blocks and other threads change in the speech.
+"""covo-check speech: what a narrower dtype, fewer evaluations, a fixed context, blocks and other threads change.
 
 The measure of all is the float32 result with the checkpoint's own steps. Figures of speech on random weights say how
 exact the arithmetic is, not how a voice sounds.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import click
 import numpy as np
@@ -55,9 +56,13 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
         findings.append(_evaluations(Flow(steps), distance(speech(Flow(steps)), expected)))
     euler = Flow(usual.steps, "euler")
     findings.append(_evaluations(euler, distance(speech(euler), expected)))
+    fixed = replace(usual, fixed_context=True)
+    findings.append(Finding("fixed context", str(distance(speech(fixed), expected))))
     factor = networks.config.dit.upsample_factor
-    for name, blocks in PLANS.items() if stream else ():
-        found, covered = speech(blocks=blocks), voice.num_frames - voice.num_codes * factor
+    plans = [(name, blocks, usual) for name, blocks in PLANS.items()]
+    plans.append(("default, fixed context", SpeechBlocks(), fixed))
+    for name, blocks, flow in plans if stream else ():
+        found, covered = speech(flow, blocks=blocks), voice.num_frames - voice.num_codes * factor
         seams = measure_seams(found, seams_at(blocks, num_codes, factor, covered))
         measured = f"log-mel {distance(found, expected).log_mel:.3f} dB from the whole reply, {seams}"
         findings.append(Finding(f"in blocks, {name}", measured))
@@ -88,7 +93,7 @@ def _other_threads() -> Iterator[int]:
 @click.option("--codes", default=NUM_CODES, show_default=True, type=click.IntRange(1), help="Of the reply.")
 @click.option("--stream", is_flag=True, help="Also speech in blocks: take --codes 100 or more, for some seams.")
 def command(subject: Subject, codes: int, stream: bool) -> Result:
-    """Measure what bfloat16, fewer evaluations and, with --stream, blocks change in the speech.
+    """Measure what bfloat16, fewer evaluations, a fixed context and, with --stream, blocks change in the speech.
 
     Measured against the float32 result of the whole reply. Beside it stands what another count of threads changes in
     float32: what lies near that is nothing. Of blocks there is also what happens at their seams, as a ratio to what

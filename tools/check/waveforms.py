@@ -29,8 +29,6 @@ class Distance:
 def distance(found: Tensor, expected: Tensor) -> Distance:
     """Return the distance of two waveforms [N] of equal length."""
     found, expected = (torch.nn.functional.pad(x.double(), (0, max(0, 2048 - len(x)))) for x in (found, expected))
-    noise = (found - expected).square().sum()
-    snr = float(10 * torch.log10(expected.square().sum() / noise)) if noise else float("inf")
     filters = mel_filters(MEL_WINDOW, NUM_MELS, SAMPLE_RATE)
     mels = [20 * (filters @ spectrum(x, MEL_WINDOW)).clamp(min=FLOOR).log10() for x in (found, expected)]
     parts = []
@@ -39,7 +37,13 @@ def distance(found: Tensor, expected: Tensor) -> Distance:
         convergence = (ours - theirs).norm() / theirs.norm().clamp(min=FLOOR)
         logs = (ours.clamp(min=FLOOR).log() - theirs.clamp(min=FLOOR).log()).abs().mean()
         parts.append(float(convergence + logs))
-    return Distance(snr, float((mels[0] - mels[1]).abs().mean()), sum(parts) / len(parts))
+    return Distance(snr_db(found, expected), float((mels[0] - mels[1]).abs().mean()), sum(parts) / len(parts))
+
+
+def snr_db(found: Tensor, expected: Tensor) -> float:
+    """Return how much smaller the difference is than what is expected, in dB; infinity for equal tensors."""
+    noise = (found - expected).double().square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise)) if noise else float("inf")
 
 
 def spectrum(x: Tensor, window: int) -> Tensor:
