@@ -114,7 +114,7 @@ def test_a_signal_to_rank_0_ends_all_as_ever(
     process, rank1 = waiting
     process.send_signal(number)
     found, err = ended(process, rank1)
-    assert found == code and len(err.strip().splitlines()) == 1 and "rank" not in err
+    assert (found, len(err.strip().splitlines())) == (code, 1) and "rank" not in err, err
 
 
 def test_torchrun_starts_the_ranks_as_well(two_ranks: Path, tmp_path: Path, golden: Callable) -> None:

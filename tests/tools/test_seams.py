@@ -9,6 +9,7 @@ import torch
 from runtime.speech_sizes import SMALL, small_token2wav, small_voice
 from torch import Tensor
 
+from covo_npu.runtime.evaluations import Evaluations
 from covo_npu.runtime.options import WHOLE, SpeechBlocks
 from covo_npu.runtime.speech import SpeechStream, drawn_noise
 from covo_npu.tools.check.seams import measure_seams, seams_at
@@ -86,7 +87,8 @@ class SmoothField:
     def __init__(self) -> None:
         self.table = 0.3 * torch.randn(SMALL.dit.num_codes, SMALL.dit.latent_dim, generator=torch.manual_seed(0))
 
-    def conditions(self, codes: Tensor, known_latents: Tensor) -> Tensor:
+    def conditions(self, codes: Tensor, known_latents: Tensor, last_code: None, start: int) -> Tensor:
+        assert last_code is None and start == 0, "nothing is fixed"
         frames = self.table[codes].repeat_interleave(4, 0)
         taps = torch.hann_window(2 * self.REACH + 1, periodic=False)[:, None]
         padded = torch.nn.functional.pad(frames, (0, 0, self.REACH, self.REACH))
@@ -103,7 +105,9 @@ class SmoothField:
 def test_a_smooth_field_shows_what_look_ahead_is_for() -> None:
     """Blocks that end where they know nothing have seams; with a look-ahead of the field's reach they have none."""
     networks, voice = small_token2wav(), small_voice()
-    object.__setattr__(networks, "dit", SmoothField())
+    field = SmoothField()
+    object.__setattr__(networks, "dit", field)
+    networks.evaluations = Evaluations(field)  # type: ignore[arg-type]
     codes = torch.randint(SMALL.dit.num_codes, (240,), generator=torch.Generator().manual_seed(1)).tolist()
     found = {}
     for look_ahead in (0, 2):
