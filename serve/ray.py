@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ APP = "covo"
 SESSION_HEADER = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id")  # as Ray reads it
 CARDS = {"npu": "NPU", "cuda": "GPU"}  # kind of device: Ray's name of the resource
 SHORT_REQUESTS = 16  # a replica takes beside questions and sessions: /health, /metrics, files of the page
+LISTEN_S = 0.5  # how often Ray is asked why a replica has failed
 HEALTH_S = 5.0  # how often Ray asks a replica for its health
 UNWATCHED_S = 15.0  # without such a question: Ray has taken it off its list
 OBJECT_STORE_BYTES = 256 * MIB  # of a Ray of our own: requests pass through it
@@ -226,10 +228,7 @@ def running(launch: Launch, fleet: Fleet, host: str, port: int, tls: Tls | None)
         serve.start(http_options={"host": host, "port": port, **files}, logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
-            try:
-                serve.run(target, name=APP)
-            except RuntimeError as error:
-                raise CovoError(f"the replicas do not start: {_reason() or error}") from None
+            _run(target)
             yield
         finally:
             _end(own, UNWATCHED_S + launch.settings.drain_s + 2 * CLOSING_S)
@@ -265,11 +264,37 @@ def _require_resources(each: dict[str, Any], replicas: int) -> None:
         raise CovoError(f"{replicas} replicas need {needed}: take fewer --replicas, or of CPUs fewer --threads each")
 
 
-def _reason() -> str | None:
-    """Return why the replicas failed: the last error of ours in what Ray tells, which is a traceback, or None."""
-    deployments = serve.status().applications[APP].deployments
-    found = [OUR_ERROR.findall(deployment.message) for deployment in deployments.values()]
-    return next((errors[-1] for errors in found if errors), None)
+def _run(target: serve.Application) -> None:
+    """Return when all replicas would answer. Raises CovoError with the last error of ours that one of them failed by.
+
+    Ray tells of the last replica alone, and that may be one which it cancelled before it ran: so all are listened to.
+    """
+    reasons: deque[str] = deque(maxlen=1)
+    over = threading.Event()
+
+    def listen() -> None:
+        last = False
+        while not last:
+            last = over.wait(LISTEN_S)
+            reasons.extend(_errors())
+
+    listening = threading.Thread(target=listen, daemon=True)  # as in _end
+    listening.start()
+    try:
+        serve.run(target, name=APP)
+    except RuntimeError as error:
+        over.set()
+        listening.join(CLOSING_S)
+        raise CovoError(f"the replicas do not start: {reasons[0] if reasons else error}") from None
+    finally:
+        over.set()
+
+
+def _errors() -> list[str]:
+    """Return the errors of ours in what Ray tells of the replicas now, which are tracebacks."""
+    running = serve.status().applications.get(APP)
+    deployments = running.deployments.values() if running else ()
+    return [error for deployment in deployments for error in OUR_ERROR.findall(deployment.message)]
 
 
 def _end(own: bool, seconds: float) -> None:
