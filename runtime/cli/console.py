@@ -57,9 +57,9 @@ def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int
     except click.Abort as abort:  # click's name for Ctrl-C and for EOFError
         if isinstance(abort.__cause__, EOFError):
             raise abort.__cause__ from None
-        return _ended(prog, "interrupted", INTERRUPTED)
+        return _interrupted(prog)
     except KeyboardInterrupt:
-        return _ended(prog, "interrupted", INTERRUPTED)
+        return _interrupted(prog)
     except Terminated:
         return _ended(prog, "terminated", TERMINATED)
     except (CovoError, click.ClickException, OSError, MemoryError, RuntimeError) as error:
@@ -269,6 +269,17 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):  # torch's allocators raise RuntimeErrors
         return f"out of memory: {str(error).partition(chr(10))[0] or 'no more to have'}"
     return None
+
+
+def _interrupted(prog: str) -> int:
+    """Return 130 after saying so.
+
+    Ctrl-C inside source that is executed, as dataclasses do when a module is imported, leaves CPython with a note by
+    which `python -m` ends by the signal itself, whatever is returned. Whatever is executed next takes the note back.
+    Source: unhandled_keyboard_interrupt in Python/pythonrun.c and Modules/main.c, 3.11.
+    """
+    exec("")
+    return _ended(prog, "interrupted", INTERRUPTED)
 
 
 def _ended(prog: str, message: str, code: int) -> int:

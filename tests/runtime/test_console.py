@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,17 @@ def test_argument_errors_do_not_wait_for_torch():
     program += "\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "2\nFalse\n"
+
+
+def test_ctrl_c_in_the_middle_of_an_import_is_130_too(tmp_path: Path) -> None:
+    """As when dataclasses execute source of theirs: python -m would end by the signal instead."""
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal, sys, click\n"
+        "from covo_npu.runtime.cli import console\n"
+        "source = 'os.kill(os.getpid(), signal.SIGINT)\\nsignal.pause()'\n"
+        "command = click.Command('interrupted', callback=lambda: exec(source))\n"
+        "sys.exit(console.run(command, 'interrupted', []))\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted: interrupted")
