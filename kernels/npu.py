@@ -112,15 +112,17 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """
     if x.dtype == torch.float32:
         return native.linear_int8(x, weight, scale, bias)
+    channels = weight.shape[0]
+    if (count := -(-channels // MOST_INT8_CHANNELS)) > 1:
+        size = -(-channels // count)
+        biases = itertools.repeat(None) if bias is None else bias.split(size)
+        parts = zip(weight.split(size), scale.split(size), biases)
+        return torch.cat([linear_int8(x, *part) for part in parts], dim=-1)
     scale_dtype, bias_dtype = int8_dtypes[x.dtype]
-    rows, channels = x.reshape(-1, x.shape[-1]), weight.shape[0]
-    size = -(-channels // -(-channels // MOST_INT8_CHANNELS))
-    biases = itertools.repeat(None) if bias is None else bias.to(bias_dtype).split(size)
-    parts = [
-        torch_npu.npu_weight_quant_batchmatmul(rows, part.t(), part_scale, bias=part_bias)
-        for part, part_scale, part_bias in zip(weight.split(size), scale.to(scale_dtype).split(size), biases)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
+        x.reshape(-1, x.shape[-1]), weight.t(), scale.to(scale_dtype),
+        bias=None if bias is None else bias.to(bias_dtype),
+    )  # fmt: skip
     return y.view(*x.shape[:-1], channels)
 
 
