@@ -84,7 +84,7 @@ class Leader:
     def __init__(self, size: int, follower: Sequence[str], share_cores: bool = False) -> None:
         """follower: the command of a follower's process, without its rank; not used under torchrun.
 
-        share_cores: ranks that this process starts get equal parts of its threads, and it keeps one until it closes.
+        share_cores: ranks that this process starts get equal parts of its threads, of which it has one until it closes.
         """
         if dist.is_initialized():
             raise RankError("this process has tensor-parallel ranks already: close that model first")
@@ -100,9 +100,7 @@ class Leader:
         self._busy_since = self._moved = 0.0
         self._handles = 0
         self._closing, self._on_cpu = False, False
-        self._threads = torch.get_num_threads()
-        if share_cores and not launched():
-            torch.set_num_threads(max(1, self._threads // size))
+        self._threads = 0  # that this process had, if it shares them
         host = os.environ["MASTER_ADDR"] if launched() else "127.0.0.1"
         if launched():
             self._store, _, _ = next(rendezvous("env://", timeout=STORE_TIMEOUT))
@@ -111,6 +109,9 @@ class Leader:
         self._server = socket.create_server((host, 0))
         self._store.set(ADDRESS, f"{host}:{self._server.getsockname()[1]}")
         if not launched():
+            if share_cores:
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(max(1, self._threads // size))
             self._start(follower, host, self._store.port)
         atexit.register(self.close)  # of a model that nobody closes
         threading.Thread(target=self._accept, name="ranks-accept", daemon=True).start()
@@ -177,7 +178,8 @@ class Leader:
                 child.kill()
                 child.wait()
         atexit.unregister(self.close)
-        torch.set_num_threads(self._threads)
+        if self._threads:
+            torch.set_num_threads(self._threads)
         self._server.close()
         if dist.is_initialized() and (self._on_cpu or not self.fault):  # a device's would wait for those that are gone
             dist.destroy_process_group()

@@ -273,18 +273,14 @@ def _run(target: serve.Application) -> None:
     over = threading.Event()
 
     def listen() -> None:
-        last = False
-        while not last:
-            last = over.wait(LISTEN_S)
+        while not over.wait(LISTEN_S):
             reasons.extend(_errors())
 
-    listening = threading.Thread(target=listen, daemon=True)  # as in _end
-    listening.start()
+    threading.Thread(target=listen, daemon=True).start()  # as in _end
     try:
         serve.run(target, name=APP)
     except RuntimeError as error:
-        over.set()
-        listening.join(CLOSING_S)
+        reasons.extend(_errors())
         raise CovoError(f"the replicas do not start: {reasons[0] if reasons else error}") from None
     finally:
         over.set()
