@@ -38,12 +38,9 @@ def model(convert_tiny: ConvertTiny, device: str) -> CovoAudio:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread() -> None:
     """Inside an operator: side by side they would only wait for each other's."""
-    usual = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
 
 
 def other_voice(model: CovoAudio) -> Voice:
