@@ -5,12 +5,11 @@ and 910_93 (AICORE_DTYPE_SUPPORT_LIST and the like in hicann/ops-nn and hicann/o
 An operator without a row is not known to have a way over the AICPU for the dtypes that we use.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from emulation.limits import Call
+from emulation.limits import Call, by_operator
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 I8, I16, I32, I64, U8, BOOL = torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool
@@ -52,12 +51,12 @@ CORES = (
 )  # fmt: skip
 
 
+cores = by_operator(CORES)
+
+
 def on_aicpu(call: Call) -> Iterator[str]:
     """Yield the operator and the dtype of a call that the AI cores do not compute."""
-    name = call.operator.partition(".")[0]
-    for row in CORES:
-        if not re.fullmatch(row.operators, name):
-            continue
+    for row in cores(call):
         x = next((call.arguments[part] for part in row.argument.split("|") if part in call.arguments), None)
         if isinstance(x, torch.Tensor) and (x.dtype not in row.dtypes or not row.also(call)):
-            yield f"{name} {str(x.dtype).removeprefix('torch.')}"
+            yield f"{call.operator.partition('.')[0]} {str(x.dtype).removeprefix('torch.')}"

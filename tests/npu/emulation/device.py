@@ -21,10 +21,9 @@ import torch
 import torch_npu
 from emulation import cores, operators, profiler, rules, signatures, traffic
 from emulation.graphs import Graph
-from emulation.limits import Call, bind
+from emulation.limits import Call, bind, leaves
 from torch import Tensor
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Operators that only make or describe tensors: torch_npu's own kernels serve, and nothing is launched.
 METADATA = (
@@ -63,6 +62,13 @@ log = Log()
 
 def on_device(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type == "npu"
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """Return an argument or a result with function(x) for all that its lists and tuples hold."""
+    if isinstance(x, list | tuple):
+        return (tuple if isinstance(x, tuple) else list)(mapped(function, y) for y in x)
+    return function(x)
 
 
 def host_view(x: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def emulated(name: str, schema: torch.FunctionSchema, arithmetic: Callable[..., 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, bind(schema, args, kwargs))
         rules.check(call)
-        tensors = call.tensors()
+        tensors = call.tensors
         place = next((x.device for x in tensors if on_device(x)), "npu")
         waits = list(rules.synchronises(call))
         graph = Graph.capturing(next(iter(waits), None))
@@ -131,7 +137,8 @@ def emulated(name: str, schema: torch.FunctionSchema, arithmetic: Callable[..., 
                     return view
                 return torch.device("cpu") if isinstance(x, torch.device) else x
 
-            return arithmetic(*tree_map(to_host, args), **tree_map(to_host, kwargs)), originals
+            named = {key: mapped(to_host, x) for key, x in kwargs.items()}
+            return arithmetic(*mapped(to_host, args), **named), originals
 
         result, originals = computed((lambda x: host_view(x).clone()) if graph else host_view)
 
@@ -140,21 +147,21 @@ def emulated(name: str, schema: torch.FunctionSchema, arithmetic: Callable[..., 
                 return y
             return originals[id(y)][1] if id(y) in originals else to_device(y, place)
 
-        placed = tree_map(back, result)
-        log.moved_bytes += traffic.moved_bytes(call, [y for y in tree_leaves(placed) if isinstance(y, Tensor)])
+        placed = mapped(back, result)
+        log.moved_bytes += traffic.moved_bytes(call, [y for y in leaves(placed) if isinstance(y, Tensor)])
         if graph:
             written = [
                 (number, y)
-                for number, (y, x) in enumerate(zip(tree_leaves(placed), tree_leaves(result), strict=True))
+                for number, (y, x) in enumerate(zip(leaves(placed), leaves(result), strict=True))
                 if isinstance(y, Tensor) and id(x) not in originals
             ]
             for y in (*(y for _, y in written), *(kwargs[key] for key in made_by_caller if key in kwargs)):
                 host_view(y).fill_(float("nan") if y.is_floating_point() else 0)
 
             def again() -> None:
-                leaves = tree_leaves(computed(host_view)[0])
+                computed_again = leaves(computed(host_view)[0])
                 for number, y in written:
-                    host_view(y).copy_(leaves[number])
+                    host_view(y).copy_(computed_again[number])
 
             graph.add(name, again)
         return placed

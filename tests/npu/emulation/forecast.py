@@ -115,7 +115,7 @@ def stage_rows(stage: str, run: Callable[[], object], recorder: Recorder, on_npu
 
 def first_dtype(call: Call) -> str:
     """Return the dtype of the first tensor of a call, or "-"."""
-    tensors = call.tensors()
+    tensors = call.tensors
     return str(tensors[0].dtype).removeprefix("torch.") if tensors else "-"
 
 

@@ -6,18 +6,23 @@ Ascend/op-plugin docs/zh/custom_APIs/torch_npu, page X; "aclnnX" = the page of t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 MAX_CONV_DIM = 1_000_000
 HALF = (torch.float16, torch.bfloat16)
 CONV_DTYPES = (torch.float16, torch.float32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def leaves(x: Any) -> list[Any]:
+    """Return what an argument or a result is made of: itself, or what its lists and tuples hold."""
+    return [leaf for y in x for leaf in leaves(y)] if isinstance(x, list | tuple) else [x]
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Call:
     def __getattr__(self, name: str) -> Any:
         return self.arguments[name]
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+        return [x for argument in self.arguments.values() for x in leaves(argument) if isinstance(x, Tensor)]
 
+    @property
     def first(self) -> Tensor:
-        return self.tensors()[0]
+        return self.tensors[0]
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,26 @@ class Limit:
     source: str
 
 
+class Row(Protocol):
+    """A row of a table of operators. operators: a pattern of whole names without overload."""
+
+    @property
+    def operators(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def by_operator(table: Iterable[AnyRow]) -> Callable[[Call], list[AnyRow]]:
+    """Return a function: call -> the rows of its operator. A name is compared with the patterns once."""
+
+    @cache
+    def rows(operator: str) -> list[AnyRow]:
+        return [row for row in table if re.fullmatch(row.operators, operator.partition(".")[0])]
+
+    return lambda call: rows(call.operator)
+
+
 def bind(schema: torch.FunctionSchema, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults filled in."""
     given = dict(zip((a.name for a in schema.arguments), args)) | kwargs
@@ -54,11 +81,11 @@ def bind(schema: torch.FunctionSchema, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def dtype_in(*dtypes: torch.dtype) -> Callable[[Call], bool]:
-    return lambda call: call.first().dtype in dtypes
+    return lambda call: call.first.dtype in dtypes
 
 
 def dtype_not_in(*dtypes: torch.dtype) -> Callable[[Call], bool]:
-    return lambda call: call.first().dtype not in dtypes
+    return lambda call: call.first.dtype not in dtypes
 
 
 def mixed_dtypes(*names: str) -> Callable[[Call], bool]:
@@ -71,13 +98,13 @@ def contiguous(*names: str) -> Callable[[Call], bool]:
 
 
 def empty(call: Call) -> bool:
-    return any(x.numel() == 0 for x in call.tensors())
+    return any(x.numel() == 0 for x in call.tensors)
 
 
 def has_double(call: Call) -> bool:
     doubles = (torch.float64, torch.complex128)
     made = call.arguments.get("dtype") in doubles and call.operator != "aten::_to_copy"
-    return made or any(x.dtype in doubles and (x.dim() > 0 or x.device.type == "npu") for x in call.tensors())
+    return made or any(x.dtype in doubles and (x.dim() > 0 or x.device.type == "npu") for x in call.tensors)
 
 
 def long_dimension(call: Call) -> bool:
@@ -107,7 +134,7 @@ def repeated_too_much(call: Call) -> bool:
 
 def rotary_shape(call: Call) -> bool:
     """True unless r1 and r2 have one of the documented broadcast forms of the 3-D or 4-D first argument."""
-    x, cos, sin = call.tensors()[:3]
+    x, cos, sin = call.tensors[:3]
     if cos.shape != sin.shape or cos.dim() != x.dim():
         return True
     forms = {  # dimensions that may be 1, per layout
@@ -217,7 +244,7 @@ def odd_gamma(call: Call) -> bool:
 
 
 def odd_rotary_dim(call: Call) -> bool:
-    return call.first().shape[-1] % 2 == 1 or call.first().shape[-1] >= 896
+    return call.first.shape[-1] % 2 == 1 or call.first.shape[-1] >= 896
 
 
 def odd_indices(call: Call) -> bool:
@@ -225,7 +252,7 @@ def odd_indices(call: Call) -> bool:
 
 
 def many_heads(call: Call) -> bool:
-    x = call.first()
+    x = call.first
     return x.shape[0] >= 1000 or min(x.shape[1], x.shape[-2]) >= 1000
 
 
@@ -324,7 +351,7 @@ LIMITS = tuple(
         ("npu::npu_add_rms_norm", mixed_dtypes("x1", "x2", "gamma"), "x1, x2 and gamma in one dtype", ADD_RMS),
         ("npu::npu_add_rms_norm", empty, "no empty tensors", ADD_RMS),
         ("npu::npu_gelu", lambda call: call.input.dim() > 8, "at most 8 dimensions", "aclnnGeluV2"),
-        ("npu::npu_rotary_mul", lambda call: call.first().dim() not in (3, 4), "3 or 4 dimensions", ROTARY),
+        ("npu::npu_rotary_mul", lambda call: call.first.dim() not in (3, 4), "3 or 4 dimensions", ROTARY),
         ("npu::npu_rotary_mul", odd_rotary_dim, "head_dim even and under 896", ROTARY),
         ("npu::npu_rotary_mul", rotary_shape, "cos and sin in a documented broadcast form", ROTARY),
         ("npu::npu_rotary_mul", many_heads, "batch and heads under 1000", ROTARY),
@@ -363,7 +390,9 @@ LIMITS = tuple(
 )
 
 
-def broken_limit(call: Call, limits: Sequence[Limit] = LIMITS) -> Limit | None:
+limits = by_operator(LIMITS)
+
+
+def broken_limit(call: Call, limits: Callable[[Call], list[Limit]] = limits) -> Limit | None:
     """Return the first limit that refuses the call. Later ones may rely on what earlier ones have let through."""
-    name = call.operator.partition(".")[0]
-    return next((limit for limit in limits if re.fullmatch(limit.operators, name) and limit.refuses(call)), None)
+    return next((limit for limit in limits(call) if limit.refuses(call)), None)

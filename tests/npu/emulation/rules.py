@@ -1,11 +1,12 @@
 """What the emulated device refuses beyond the documented table, and when the host has to wait for the device."""
 
-import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from emulation.limits import ATTENTION, FIA_DOCS, LIMITS, Call, Limit, broken_limit
+from emulation.limits import ATTENTION, FIA_DOCS, LIMITS, Call, Limit, broken_limit, by_operator
 from torch import Tensor
 
 
@@ -24,12 +25,20 @@ def file_backed(address: int) -> bool:
 
 
 def from_file_mapping(call: Call) -> bool:
-    to_device = call.self.device.type == "npu" and call.src.device.type == "cpu"
-    return to_device and call.src.numel() > 0 and file_backed(call.src.data_ptr())
+    if not (call.self.device.type == "npu" and call.src.device.type == "cpu" and call.src.numel() > 0):
+        return False
+    allocated = call.src.untyped_storage().resizable()  # by PyTorch itself; to look into /proc takes milliseconds
+    return not allocated and file_backed(call.src.data_ptr())
 
 
 def on_two_devices(call: Call) -> bool:
-    return any(x.device.type == "cpu" and x.dim() > 0 for x in call.tensors())
+    return any(x.device.type == "cpu" and x.dim() > 0 for x in call.tensors)
+
+
+@cache
+def upper_triangle() -> Tensor:
+    """Return what sparse modes 2 to 4 want for a mask."""
+    return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 
 def mask_values(call: Call) -> bool:
@@ -38,8 +47,7 @@ def mask_values(call: Call) -> bool:
         return False
     from emulation.device import host_view
 
-    expected = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-    return not torch.equal(host_view(call.atten_mask).reshape(2048, 2048).bool(), expected)
+    return not torch.equal(host_view(call.atten_mask).reshape(2048, 2048).bool(), upper_triangle())
 
 
 def partial_memory(call: Call) -> bool:
@@ -69,10 +77,13 @@ DEVICE_LIMITS = (
 )
 
 
+device_limits = by_operator(DEVICE_LIMITS)
+
+
 def check(call: Call) -> None:
     """Raise RefusedError with the operator, the limit and its source if a limit refuses the call."""
-    if limit := broken_limit(call, DEVICE_LIMITS):
-        shapes = ", ".join(f"{x.dtype} {list(x.shape)}".removeprefix("torch.") for x in call.tensors())
+    if limit := broken_limit(call, device_limits):
+        shapes = ", ".join(f"{x.dtype} {list(x.shape)}".removeprefix("torch.") for x in call.tensors)
         raise RefusedError(f"{call.operator} on npu: {limit.message} ({limit.source}). Tensors: {shapes}")
 
 
@@ -87,26 +98,34 @@ def boolean_index(call: Call) -> bool:
     return any(x.dtype in (torch.bool, torch.uint8) for x in call.indices if x is not None)
 
 
-SYNCHRONISES: tuple[tuple[str, Callable[[Call], bool], str], ...] = (
-    ("aten::copy_", blocking_copy, "blocking copy"),  # torch_npu CopyKernelOpApi.cpp
-    ("aten::_local_scalar_dense", lambda call: True, "item"),
-    (
+class Wait(NamedTuple):
+    """operators: a pattern of whole names without overload; brought: True where the call makes the host wait."""
+
+    operators: str
+    brought: Callable[[Call], bool]
+    reason: str
+
+
+SYNCHRONISES = (
+    Wait("aten::copy_", blocking_copy, "blocking copy"),  # torch_npu CopyKernelOpApi.cpp
+    Wait("aten::_local_scalar_dense", lambda call: True, "item"),
+    Wait(
         "aten::(nonzero|masked_select|_unique2|unique_.*|equal|multinomial)",
         lambda call: True,
         "size or value on the host",
     ),
-    ("aten::(index|index_put_?|_index_put_impl_)", boolean_index, "boolean index"),
-    (
+    Wait("aten::(index|index_put_?|_index_put_impl_)", boolean_index, "boolean index"),
+    Wait(
         "aten::repeat_interleave",
         lambda call: isinstance(call.repeats, Tensor) and call.output_size is None,
         "unknown size",
     ),
 )
+waits = by_operator(SYNCHRONISES)
 
 
 def synchronises(call: Call) -> Iterator[str]:
     """Yield the operator and the reason for each wait of the host that the call brings."""
-    name = call.operator.partition(".")[0]
-    for pattern, test, reason in SYNCHRONISES:
-        if re.fullmatch(pattern, name) and test(call):
-            yield f"{name}: {reason}"
+    for wait in waits(call):
+        if wait.brought(call):
+            yield f"{call.operator.partition('.')[0]}: {wait.reason}"

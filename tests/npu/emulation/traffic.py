@@ -13,7 +13,7 @@ CHANNELS_OF_A_BLOCK = {4: 8, 2: 16}  # C0 by bytes of an element
 
 def moved_bytes(call: Call, results: list[Tensor]) -> int:
     """Return the bytes of one call."""
-    read = sum(size(x) * (1 if x.is_contiguous() or x.numel() == 0 or 0 in x.stride() else 3) for x in call.tensors())
+    read = sum(size(x) * (1 if x.is_contiguous() or x.numel() == 0 or 0 in x.stride() else 3) for x in call.tensors)
     total = read + sum(map(size, results))
     if call.operator.startswith("aten::convolution"):
         x, (y,) = call.input, results
