@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,45 @@ def model(convert_tiny: Callable[[str], Path], device: str) -> CovoAudio:
     return CovoAudio.load(convert_tiny("float32"), device=device, dtype="float32", max_context=2600)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heard_once(model: CovoAudio) -> None:
+    """Equal waveforms are encoded once. Encoders have tests of their own; here they would be most of the work."""
+    encode, heard = model.encode, {}
+
+    def remembered(waveform: Tensor) -> Tensor:
+        key = waveform.numpy().tobytes()
+        if key not in heard:
+            heard[key] = encode(waveform)
+        return heard[key].clone()
+
+    model.encode = remembered  # type: ignore[method-assign]
+
+
+Told = Callable[..., list[Reply]]
+
+
 @pytest.fixture(scope="module")
-def alone(model: CovoAudio) -> dict[Sampling, dict[str, list[list[int]]]]:
+def told(model: CovoAudio) -> Told:
+    """A function: an Ask, questions -> the replies of a session that has the model to itself. Asked once."""
+
+    @cache
+    def replies(ask: Ask, *questions: Path) -> list[Reply]:
+        chat = Session(model, ask)
+        return [chat.say(question) for question in questions]
+
+    return replies
+
+
+@pytest.fixture(scope="module")
+def alone(told: Told) -> dict[Sampling, dict[str, list[list[int]]]]:
     """The ids of every round, one dialogue at a time, through a session."""
-    found: dict[Sampling, dict[str, list[list[int]]]] = {}
-    for sampling in (GREEDY, WARM):
-        found[sampling] = {}
-        for dialogue in DIALOGUES:
-            chat = Session(model, mode="a2t", sampling=sampling, max_new_tokens=24, seed=4)
-            found[sampling][dialogue.id] = [chat.say(question).tokens for question in dialogue.questions]
-    return found
+    return {
+        sampling: {
+            dialogue.id: [r.tokens for r in told(Ask("a2t", sampling, 24, seed=4), *dialogue.questions)]
+            for dialogue in DIALOGUES
+        }
+        for sampling in (GREEDY, WARM)
+    }
 
 
 def tokens(found: Iterator[Answer]) -> dict[str, list[list[int]]]:
@@ -170,11 +200,11 @@ BLOCKS = SpeechBlocks((6, 4), look_ahead=1)
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 def test_speech_comes_while_the_reply_is_generated(
-    model: CovoAudio, english: Tensor, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    model: CovoAudio, english: Tensor, told: Told, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tokens as without; samples are those of these blocks, and the first are told before the last code."""
     ask = Ask(sampling=sampling, max_new_tokens=120, seed=8)
-    whole = Session(model, ask).say(ENGLISH)
+    [whole] = told(ask, ENGLISH)
     work, spoken = SpeechStream.work, threading.Event()
 
     def watched(self: SpeechStream) -> Iterator[Tensor]:
@@ -223,10 +253,10 @@ def test_decoding_does_not_wait_for_speech(model: CovoAudio, english: Tensor, mo
 
 
 def test_a_fault_of_speech_ends_a_reply_that_is_being_decoded(
-    model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: CovoAudio, english: Tensor, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, ask = Engine(model, 2), Ask("a2t", max_new_tokens=60)
-    expected = Session(model, ask).say(ENGLISH).tokens
+    expected = told(ask, ENGLISH)[0].tokens
     with monkeypatch.context() as once:
         once.setattr(CovoAudio, "speech_stream", raising(CovoError("no voice")))
         dialogue = Dialogue()
@@ -244,11 +274,11 @@ def test_a_fault_of_speech_ends_a_reply_that_is_being_decoded(
 
 @pytest.mark.parametrize("leave", [Engine.cancel, Engine.interrupt])
 def test_who_leaves_while_others_are_decoded_gives_its_slot_to_the_last(
-    model: CovoAudio, english: Tensor, leave: Callable[[Engine, Ticket], object]
+    model: CovoAudio, english: Tensor, told: Told, leave: Callable[[Engine, Ticket], object]
 ) -> None:
     """From outside of a step, with sampling whose tensors were made inside one."""
     engine, ask = Engine(model, 3), Ask("a2t", WARM, 60, seed=4)
-    expected = Session(model, ask).say(ENGLISH).tokens
+    expected = told(ask, ENGLISH)[0].tokens
     first, *others = (engine.submit(Dialogue(), english, ask) for _ in range(3))
     events: list[Any] = []
     while len(engine._decoding) < 3:
@@ -260,9 +290,9 @@ def test_who_leaves_while_others_are_decoded_gives_its_slot_to_the_last(
     assert engine.free_slots == 3
 
 
-def test_who_stops_listening_to_speech_leaves_nothing(model: CovoAudio) -> None:
-    chat = Session(model, max_new_tokens=60, blocks=BLOCKS)
-    expected = Session(model, max_new_tokens=60, blocks=BLOCKS).say(ENGLISH)
+def test_who_stops_listening_to_speech_leaves_nothing(model: CovoAudio, told: Told) -> None:
+    ask = Ask(max_new_tokens=60, blocks=BLOCKS)
+    chat, [expected] = Session(model, ask), told(ask, ENGLISH)
     for event in chat.stream(ENGLISH):
         if isinstance(event, Audio):
             break
@@ -275,14 +305,14 @@ def test_who_stops_listening_to_speech_leaves_nothing(model: CovoAudio) -> None:
     assert again.tokens == expected.tokens and np.array_equal(again.waveform, expected.waveform)
 
 
-def test_questions_with_settings_of_their_own_run_side_by_side(model: CovoAudio, english: Tensor) -> None:
+def test_questions_with_settings_of_their_own_run_side_by_side(model: CovoAudio, english: Tensor, told: Told) -> None:
     asks = [
         Ask("a2t", GREEDY, 20),
         Ask("a2t", WARM, 12, seed=3),
         Ask("a2ta", Sampling(0.7, 0, 0.5, window=3), 16, seed=5),
         Ask("a2t", Sampling(repetition_penalty=1.4), 9, system="Answer in one word."),
     ]
-    expected = [Session(model, ask).say(ENGLISH) for ask in asks]
+    expected = [told(ask, ENGLISH)[0] for ask in asks]
     engine = Engine(model, len(asks))
     tickets = [engine.submit(Dialogue(), english, ask) for ask in asks]
     replies = finished(engine, *tickets)
@@ -293,22 +323,18 @@ def test_questions_with_settings_of_their_own_run_side_by_side(model: CovoAudio,
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_dialogues_between_two_questions_are_parked_and_go_on(
-    model: CovoAudio, english: Tensor, chinese: Tensor, num_slots: int
+    model: CovoAudio, english: Tensor, chinese: Tensor, told: Told, num_slots: int
 ) -> None:
     """Four dialogues of two rounds in fewer slots: each second round finds the rows of the first."""
     ask, pairs = Ask("a2t", max_new_tokens=24), [(english, chinese), (chinese, english)]
-    chats = [Session(model, ask), Session(model, ask)]
-    told = [
-        [chat.say(path).tokens for path in paths]
-        for chat, paths in zip(chats, [(ENGLISH, CHINESE), (CHINESE, ENGLISH)])
-    ]
+    expected = [[reply.tokens for reply in told(ask, *paths)] for paths in ((ENGLISH, CHINESE), (CHINESE, ENGLISH))]
     engine, dialogues, found = Engine(model, num_slots), [Dialogue() for _ in range(4)], []
     for turn in (0, 1):
         tickets = [engine.submit(d, pairs[i % 2][turn], ask) for i, d in enumerate(dialogues)]
         replies = finished(engine, *tickets)
         found.append([replies[ticket].tokens for ticket in tickets])
     for i, dialogue in enumerate(dialogues):
-        assert [turn[i] for turn in found] == told[i % 2]
+        assert [turn[i] for turn in found] == expected[i % 2]
         assert dialogue.rounds == 2
     parked = [dialogue for dialogue in dialogues if dialogue.rows]
     assert len(parked) >= 4 - num_slots and all(dialogue.rows.bytes for dialogue in parked)
@@ -336,13 +362,18 @@ STAGES = ("waiting", "heard", "filled", "decoded", "spoken")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("num_slots", [1, 3])
 def test_a_cancelled_question_leaves_no_trace(
-    model: CovoAudio, english: Tensor, chinese: Tensor, num_slots: int, stage: str, monkeypatch: pytest.MonkeyPatch
+    model: CovoAudio,
+    english: Tensor,
+    chinese: Tensor,
+    told: Told,
+    num_slots: int,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    first, second = Ask("a2t", max_new_tokens=12), Ask("a2ta", max_new_tokens=40)
+    undisturbed = [reply.tokens for reply in told(first, ENGLISH, CHINESE)]
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
     cancelled = held_speech(monkeypatch)
-    first, second = Ask("a2t", max_new_tokens=12), Ask("a2ta", max_new_tokens=40)
-    expected = Session(model, first)
-    undisturbed = [expected.say(ENGLISH).tokens, expected.say(CHINESE).tokens]
     engine, dialogue, other = Engine(model, num_slots), Dialogue(), Dialogue()
     [reply] = finished(engine, engine.submit(dialogue, english, first)).values()
     if stage == "waiting":
@@ -448,12 +479,11 @@ def test_a_truncated_reply_is_one_that_ended_there(
 
 @pytest.mark.parametrize("place", ["slot", "parked", "preparing", "decoding"])
 def test_a_fork_goes_on_from_an_earlier_round(
-    model: CovoAudio, english: Tensor, chinese: Tensor, place: str, monkeypatch: pytest.MonkeyPatch
+    model: CovoAudio, english: Tensor, chinese: Tensor, told: Told, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
     ask = Ask("a2t", WARM, 12)
-    alone = Session(model, ask)
-    first, second, third = (alone.say(path).tokens for path in (ENGLISH, CHINESE, ENGLISH))
+    first, second, third = (reply.tokens for reply in told(ask, ENGLISH, CHINESE, ENGLISH))
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
     engine, dialogue = Engine(model, 2), Dialogue()
     finished(engine, engine.submit(dialogue, english, ask))
     mark = dialogue.mark
@@ -532,9 +562,11 @@ def raising(error: Exception) -> Callable[..., Any]:
     return function
 
 
-def test_a_fault_in_one_reply_is_its_own(model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_one_reply_is_its_own(
+    model: CovoAudio, english: Tensor, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, ask = Engine(model, 2), Ask("a2t", max_new_tokens=10)
-    expected = Session(model, ask).say(ENGLISH).tokens
+    expected = told(ask, ENGLISH)[0].tokens
     broken = engine.submit(Dialogue(), english, ask)
     engine.submit(Dialogue(), english, ask)
     with monkeypatch.context() as once:
@@ -552,9 +584,9 @@ def test_a_fault_in_one_reply_is_its_own(model: CovoAudio, english: Tensor, monk
     assert engine.free_slots == 2 and not engine.speaking
 
 
-def test_four_sessions_in_four_threads(model: CovoAudio) -> None:
+def test_four_sessions_in_four_threads(model: CovoAudio, told: Told) -> None:
     asks = [Ask("a2ta", GREEDY, 20), Ask("a2t", WARM, 20, seed=2), Ask("a2ta", WARM, 15, seed=9), Ask("a2t", GREEDY, 9)]
-    expected = [Session(model, ask).say(ENGLISH) for ask in asks]
+    expected = [told(ask, ENGLISH)[0] for ask in asks]
     shared = Engine(model, 2)
     for engine in (None, shared):  # each in an engine of its own; all in one
         with ThreadPoolExecutor(4) as pool:
@@ -563,9 +595,9 @@ def test_four_sessions_in_four_threads(model: CovoAudio) -> None:
             assert reply.tokens == alone.tokens and np.array_equal(reply.waveform, alone.waveform)
 
 
-def test_who_stops_listening_cancels(model: CovoAudio) -> None:
-    chat = Session(model, mode="a2t", max_new_tokens=30)
-    expected = Session(model, mode="a2t", max_new_tokens=30).say(ENGLISH).tokens
+def test_who_stops_listening_cancels(model: CovoAudio, told: Told) -> None:
+    ask = Ask("a2t", max_new_tokens=30)
+    chat, expected = Session(model, ask), told(ask, ENGLISH)[0].tokens
     for event in chat.stream(ENGLISH):
         if isinstance(event, Codes | Text):
             break
