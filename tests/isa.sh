@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The numeric tests as another processor would run them, and the C kernels of processors that this one is not.
-# usage: tests/isa.sh [pytest arguments]
+# usage: tests/isa.sh [c] [avx2] [one-thread]      all without a word
 # Says at the end what ran and what did not; exit code 1 if something that ran has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 build=build/isa
 mkdir -p "$build"
-numeric=(tests/kernels tests/runtime/test_goldens.py tests/runtime/test_audio.py tests/runtime/test_sampling.py
+[ $# -gt 0 ] || set -- c avx2 one-thread
+files=(tests/kernels tests/runtime/test_goldens.py tests/runtime/test_audio.py tests/runtime/test_sampling.py
   tests/runtime/test_flow.py tests/runtime/test_bigvgan.py tests/runtime/test_loader.py tests/runtime/test_qwen2.py)
 ran=() missed=() failed=()
 
@@ -24,27 +25,35 @@ c_tests() {
     -lm -lpthread && "${@:3}" "$program"
 }
 
-for compiler in gcc clang; do
-  if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "here $compiler" "$compiler"
-  else missed+=("C tests, $compiler: not installed"); fi
-done
+# numeric NAME [VARIABLE=VALUE...]: the numeric tests in that environment
+numeric() {
+  step "numeric tests, $1" env "${@:2}" "$bin/pytest" -q "${files[@]}"
+}
 
-# Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
-if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")
-elif command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then
-  for processor in max cortex-a57; do
-    STATIC=-static step "C tests, aarch64 $processor, emulated" \
-      c_tests "arm $processor" aarch64-linux-gnu-gcc qemu-aarch64 -cpu "$processor"
+run_c() {
+  for compiler in gcc clang; do
+    if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "here $compiler" "$compiler"
+    else missed+=("C tests, $compiler: not installed"); fi
   done
-else missed+=("C tests, aarch64: apt-get install gcc-aarch64-linux-gnu qemu-user"); fi
 
-if [ "$(uname -m)" != x86_64 ]; then missed+=("numeric tests, AVX2: not an x86-64 processor")
-elif ! grep -q avx512 /proc/cpuinfo; then missed+=("numeric tests, AVX2: this processor has no more, make test runs them")
-else
-  step "numeric tests, AVX2" env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 COVO_MAX_CPU_ISA=avx2 \
-    "$bin/pytest" -q "${numeric[@]}" "$@"
-fi
-step "numeric tests, one thread" env OMP_NUM_THREADS=1 "$bin/pytest" -q "${numeric[@]}" "$@"
+  # Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
+  if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")
+  elif command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then
+    for processor in max cortex-a57; do
+      STATIC=-static step "C tests, aarch64 $processor, emulated" \
+        c_tests "arm $processor" aarch64-linux-gnu-gcc qemu-aarch64 -cpu "$processor"
+    done
+  else missed+=("C tests, aarch64: apt-get install gcc-aarch64-linux-gnu qemu-user"); fi
+}
+
+run_avx2() {
+  if [ "$(uname -m)" != x86_64 ]; then missed+=("numeric tests, AVX2: not an x86-64 processor")
+  else numeric AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 COVO_MAX_CPU_ISA=avx2; fi
+}
+
+run_one-thread() { numeric "one thread" OMP_NUM_THREADS=1; }
+
+for part; do "run_$part" || exit 2; done
 
 echo "== ran:"
 printf '   %s\n' "${ran[@]}"
