@@ -21,10 +21,10 @@ SLOW_DTYPES = tuple(
     dtype for dtype, asked in SUPPORTED.items() if not (hasattr(ONEDNN, asked) and getattr(ONEDNN, asked)())
 )
 # What oneDNN's fused product multiplies here.
-FUSED_DTYPES = (
-    (torch.float32, *([] if torch.bfloat16 in SLOW_DTYPES else [torch.bfloat16]))
-    if hasattr(ONEDNN, "_linear_pointwise")
-    else ()
+FUSED_DTYPES = tuple(
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if hasattr(ONEDNN, "_linear_pointwise") and dtype not in SLOW_DTYPES
 )
 
 

@@ -53,7 +53,8 @@ run_avx2() {
 
 run_one-thread() { numeric "one thread" OMP_NUM_THREADS=1; }
 
-for part; do "run_$part" || exit 2; done
+for part; do declare -F "run_$part" >/dev/null || { echo "isa.sh: no part $part: c, avx2, one-thread" >&2; exit 2; }; done
+for part; do "run_$part"; done
 
 echo "== ran:"
 printf '   %s\n' "${ran[@]}"

@@ -51,12 +51,12 @@ CORES = (
 )  # fmt: skip
 
 
-cores = by_operator(CORES)
+cores_of = by_operator(CORES)
 
 
 def on_aicpu(call: Call) -> Iterator[str]:
     """Yield the operator and the dtype of a call that the AI cores do not compute."""
-    for row in cores(call):
+    for row in cores_of(call):
         x = next((call.arguments[part] for part in row.argument.split("|") if part in call.arguments), None)
         if isinstance(x, torch.Tensor) and (x.dtype not in row.dtypes or not row.also(call)):
-            yield f"{call.operator.partition('.')[0]} {str(x.dtype).removeprefix('torch.')}"
+            yield f"{call.packet} {str(x.dtype).removeprefix('torch.')}"

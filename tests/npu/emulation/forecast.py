@@ -6,7 +6,6 @@ come. Each is looked up in the list of torch_npu's kernels and in the table of d
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from emulation.launches import Recorder
-from emulation.limits import LIMITS, Call, Limit, broken_limit
+from emulation.limits import ANY, Call, Limit, broken_limit, limits_of
 from emulation.stages import Stages, made_up
 from torch import Tensor
 from torch._C import _dispatch_has_kernel_for_dispatch_key
@@ -123,7 +122,7 @@ def judge(call: Call, on_npu: bool) -> tuple[str, str]:
     """Return (state, limit) of one call."""
     if broken := _broken(call):
         return REFUSED, f"{broken.message} ({broken.source})"
-    limits = "; ".join(dict.fromkeys(limit.message for limit in LIMITS if _concerns(limit, call)))
+    limits = "; ".join(dict.fromkeys(limit.message for limit in limits_of(call) if limit.operators != ANY))
     if call.operator.startswith("npu::"):
         return FUSED, limits
     if _has_kernel(call.operator, on_npu):
@@ -134,10 +133,6 @@ def judge(call: Call, on_npu: bool) -> tuple[str, str]:
 def _broken(call: Call) -> Limit | None:
     # A forecast knows the fused operators by name only: what they are given, kernels/npu.py decides.
     return None if call.operator.startswith("npu::") or call.arguments.get("forecast") else broken_limit(call)
-
-
-def _concerns(limit: Limit, call: Call) -> bool:
-    return limit.operators != ".*" and bool(re.fullmatch(limit.operators, call.operator))
 
 
 @cache

@@ -77,12 +77,12 @@ DEVICE_LIMITS = (
 )
 
 
-device_limits = by_operator(DEVICE_LIMITS)
+device_limits_of = by_operator(DEVICE_LIMITS)
 
 
 def check(call: Call) -> None:
     """Raise RefusedError with the operator, the limit and its source if a limit refuses the call."""
-    if limit := broken_limit(call, device_limits):
+    if limit := broken_limit(call, device_limits_of):
         shapes = ", ".join(f"{x.dtype} {list(x.shape)}".removeprefix("torch.") for x in call.tensors)
         raise RefusedError(f"{call.operator} on npu: {limit.message} ({limit.source}). Tensors: {shapes}")
 
@@ -121,11 +121,11 @@ SYNCHRONISES = (
         "unknown size",
     ),
 )
-waits = by_operator(SYNCHRONISES)
+waits_of = by_operator(SYNCHRONISES)
 
 
 def synchronises(call: Call) -> Iterator[str]:
     """Yield the operator and the reason for each wait of the host that the call brings."""
-    for wait in waits(call):
+    for wait in waits_of(call):
         if wait.brought(call):
-            yield f"{call.operator.partition('.')[0]}: {wait.reason}"
+            yield f"{call.packet}: {wait.reason}"
