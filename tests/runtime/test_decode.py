@@ -117,7 +117,11 @@ def test_captured_steps_give_the_same_ids(
     monkeypatch.setattr(decode, "SMALLEST_BOUND", 340)
     settings = {"sampling": sampling, "max_new_tokens": 60, "seed": 3}
     questions = [ENGLISH, CHINESE, ENGLISH]
+    whole = answers(fresh, questions, **settings)
+    stop = next(token for token in whole[1] if token not in whole[0])  # ends the second reply early
+    monkeypatch.setitem(fresh.tokenizer.special, "endoftext", stop)
     expected = answers(fresh, questions, **settings)
+    assert len(expected[0]) == 60 > len(expected[1])
     fresh.capture = tape = Tape()
     assert answers(fresh, questions, **settings) == expected
     steps = sum(len(tokens) - 1 for tokens in expected)
