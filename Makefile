@@ -32,8 +32,11 @@ demo: $(READY) $(LIBRARY)
 	echo "The reply is in demo/replies/01-$(notdir $(QUESTION)). The weights are random: expect noise."
 
 # Lines of convert/, runtime/, kernels/ and serve/ that the tests run; it fails below the share in pyproject.toml.
+# TESTS_AT_ONCE: how many run side by side; with more than one give each its cores by OMP_NUM_THREADS.
+TESTS_AT_ONCE ?= 0
+AT_ONCE := --numprocesses $(TESTS_AT_ONCE) --dist worksteal
 test: $(READY) $(LIBRARY)
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/pytest $(AT_ONCE) --cov --cov-report=term:skip-covered
 
 # Mutated files for FUZZ_SECONDS each, with another SEED other ones; what fails is kept in build/fuzz.
 FUZZ_SECONDS ?= 300
@@ -61,7 +64,7 @@ mutants: $(READY)
 	$(BIN)/python tests/mutants/mutants.py
 
 test-npu: $(READY) $(LIBRARY)
-	tests/npu/run.sh
+	tests/npu/run.sh $(AT_ONCE)
 
 # The numeric tests as a processor with AVX2 runs them, and with one thread; the C kernels of Arm in an emulator if it is
 # installed. Says what ran and what did not.

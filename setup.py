@@ -106,6 +106,7 @@ setup(
             "torchdiffeq",
             "pytest",
             "pytest-cov",
+            "pytest-xdist",
             "hypothesis",
             "playwright",
             "axe-playwright-python",

@@ -7,4 +7,4 @@ cd "$here/../.."
 # of the runtime's tests those that take a device
 runtime=$(grep -l "device: str" tests/runtime/test_*.py)
 # shellcheck disable=SC2086
-exec "$here/emulated" pytest --device npu:0 tests/npu $runtime "$@"
+exec "$here/emulated" pytest -p emulation.workers --device npu:0 tests/npu $runtime "$@"

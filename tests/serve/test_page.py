@@ -16,6 +16,7 @@ from covo_npu.runtime.audio import read_audio
 from covo_npu.runtime.resampling import resample
 
 FRAME = RATE // 25  # samples that the page sends at a time
+PIECE = 6 * FRAME  # samples of a question that are compared at a time
 SPOKEN = [("text", "The sky looks "), ("audio", speech(0.25, 1)), ("text", "blue."), ("audio", speech(0.3, 2))]
 SAMPLES = np.concatenate([value for kind, value in SPOKEN if kind == "audio"])
 LONG = [("text", "A long story."), ("audio", speech(6, 3))]
@@ -81,14 +82,20 @@ def test_what_is_said_is_what_the_server_hears(at, question_wav):
         assert np.array_equal(talker.saved(talker.questions), server.heard)
     recording, rate = read_audio(question_wav)
     said = resample(recording, rate, RATE, torch.float64).numpy()
-    heard = server.heard / 32768
-    # Where in the recording it was: the peak of the correlation, over its circle.
-    size = 1 << 19
-    product = np.fft.irfft(np.fft.rfft(np.tile(said, 2), size) * np.fft.rfft(heard, size).conj(), size)
-    begin = int(product[: said.size].argmax())
-    said = np.tile(said, 2)[begin : begin + heard.size]
-    assert np.corrcoef(said, heard)[0, 1] > 0.99
-    assert 0.95 < np.sqrt((heard**2).mean() / (said**2).mean()) < 1.05
+    said = np.tile(said, 2)  # over and over
+    # In pieces, each where the recording is most like it: a browser that gets no processor time skips some of what its
+    # microphone of a file says. What the page or a resampler did wrong would be in every piece, for one has six frames.
+    alike = []
+    for piece in (server.heard / 32768)[: server.heard.size // PIECE * PIECE].reshape(-1, PIECE):
+        if piece.std() < 0.01:
+            continue  # the silence of the recording
+        begin = int(np.correlate(said[: said.size // 2 + PIECE], piece, "valid").argmax())
+        there = said[begin : begin + PIECE]
+        alike.append((np.corrcoef(there, piece)[0, 1], np.sqrt((piece**2).mean() / (there**2).mean())))
+    assert len(alike) >= 4
+    correlation, level = np.median(alike, axis=0)
+    assert correlation > 0.999
+    assert 0.95 < level < 1.05
 
 
 def test_ways_to_press(at):
