@@ -107,6 +107,7 @@ setup(
             "pytest",
             "pytest-cov",
             "pytest-xdist",
+            "triton>=3.3; platform_system == 'Linux'",
             "hypothesis",
             "playwright",
             "axe-playwright-python",

@@ -1,6 +1,6 @@
 """Choose the backend of a device, once, and say what was chosen."""
 
-import importlib
+import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -14,12 +14,18 @@ from covo_npu.kernels.errors import BackendError
 from covo_npu.kernels.interface import Kernels
 
 if TYPE_CHECKING:  # each module has all functions of the protocol, with its signatures
-    from covo_npu.kernels import native, npu, reference
+    from covo_npu.kernels import cuda, native, npu, reference
 
-    _: tuple[Kernels, ...] = (native, npu, reference)
+    _: tuple[Kernels, ...] = (cuda, native, npu, reference)
 
 # name: devices it serves
-BACKENDS = {"npu": ("npu",), "cpu": ("cpu",), "native": ("cpu", "cuda"), "reference": ("cpu", "cuda", "npu")}
+BACKENDS = {
+    "npu": ("npu",),
+    "cuda": ("cuda",),
+    "cpu": ("cpu",),
+    "native": ("cpu", "cuda"),
+    "reference": ("cpu", "cuda", "npu"),
+}
 log = logging.getLogger(__name__)
 
 FUNCTIONS = tuple(name for name in vars(Kernels) if not name.startswith("_") and callable(vars(Kernels)[name]))
@@ -43,7 +49,7 @@ def select(
         if not served:
             raise BackendError(f"no backend serves device {device}; devices: cpu, cuda:N, npu:N")
         name = served[0]
-        if name == "cpu" and (reason := library.missing()):
+        if reason := missing(name):
             log.warning("the backend native serves: %s", reason)
             name = "native"
     if name not in BACKENDS:
@@ -55,6 +61,13 @@ def select(
     if products:
         raise BackendError(f"backend {name} has one way to multiply: leave out --products {products}")
     return cast(Kernels, importlib.import_module(f"covo_npu.kernels.{name}"))
+
+
+def missing(name: str) -> str | None:
+    """Return why a backend for which native can serve is not there, None if it is or if native cannot."""
+    if name == "cuda" and not importlib.util.find_spec("triton"):
+        return "Triton, which PyTorch's CUDA builds bring, is not installed"
+    return library.missing() if name == "cpu" else None
 
 
 def describe(kernels: Kernels) -> str:

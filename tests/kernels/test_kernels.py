@@ -105,10 +105,10 @@ def test_every_function_of_the_contract_has_a_case() -> None:
 
 def test_select_names_what_there_is() -> None:
     cpu = torch.device("cpu")
-    assert isinstance(select.select(None, cpu), CPU) and select.select(None, torch.device("cuda:0")) is native
+    assert isinstance(select.select(None, cpu), CPU)
     assert select.select("native", cpu) is native
     assert select.select("reference", cpu) is reference
-    with pytest.raises(BackendError, match="unknown backend 'fast'; there are npu, cpu, native, reference"):
+    with pytest.raises(BackendError, match="unknown backend 'fast'; there are npu, cuda, cpu, native, reference"):
         select.select("fast", cpu)
     with pytest.raises(BackendError, match="backend npu serves npu, not cpu"):
         select.select("npu", cpu)

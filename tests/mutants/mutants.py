@@ -28,6 +28,7 @@ PASSED, FAILED = 0, 1  # pytest's exit codes; others mean that the tests did not
 
 KERNELS = ("tests/kernels/test_kernels.py::test_backend_computes_the_textbook", "-k", "native")
 VOCODER_KERNELS = ("tests/kernels/test_vocoder_kernels.py::test_whole_signals_of_any_length", "-k", "native")
+TRITON = ("tests/kernels/test_cuda_products.py", "-k", "roundings and bfloat16")
 DIALOGUE = ("tests/runtime/test_goldens.py::test_dialogue_token_for_token", "-k", "two_rounds")
 SAMPLING = ("tests/runtime/test_sampling.py",)
 FLOW = ("tests/runtime/test_flow.py",)
@@ -69,6 +70,7 @@ MUTANTS = (
     Mutant("gate-and-up", NATIVE, "gate, up = gate_up.chunk", "up, gate = gate_up.chunk", KERNELS),
     Mutant("gelu", NATIVE, "return F.gelu(x)\n", 'return F.gelu(x, approximate="tanh")\n', KERNELS),
     Mutant("int8-scale", NATIVE, "* scale[rows].float()", "* scale[rows].float().mean()", KERNELS),
+    Mutant("last-block", "kernels/cuda.py", "(0, size_in, BLOCK_K,", "(0, size_in - BLOCK_K + 1, BLOCK_K,", TRITON),
     Mutant("scales-of-a-rank", "convert/write.py", SCALES.format("share.start"), SCALES.format("share.zeros"), RANKS),
     Mutant("step-bytes", "tools/bench/decode.py", ROW.format("model.dtype"), ROW.format("llm.lm_head.weight"), STEP),
     Mutant("anti-alias", NATIVE, "for first in (11, 10)", "for first in (10, 11)", VOCODER_KERNELS),
