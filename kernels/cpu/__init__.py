@@ -31,7 +31,6 @@ class CPU:
     rotary = staticmethod(native.rotary)
     swiglu = staticmethod(native.swiglu)
     gelu = staticmethod(native.gelu)
-    attention = staticmethod(native.attention)
     key_mask = staticmethod(native.key_mask)
     masked_attention = staticmethod(native.masked_attention)
     write_kv = staticmethod(native.write_kv)
@@ -57,6 +56,13 @@ class CPU:
         if self.choice.ours(_num_rows(x), weight):
             return library.linear(self.choice.instructions, x, weight, scale, bias)
         return native.linear_int8(x, weight, scale, bias)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """With AMX in bfloat16 the scores of a block of queries never leave the caches; everything else is native's."""
+        best = self.choice.instructions
+        if library.attends(best, q, k) and scale > 0:
+            return library.attention(best, q, k, v, scale)
+        return native.attention(q, k, v, scale)
 
     def decode_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
         """Scores, weights and sums in float32. Each slot reads its own rows alone, in chunks for all threads."""

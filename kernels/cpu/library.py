@@ -13,9 +13,18 @@ from covo_npu.kernels.errors import BackendError
 FILE = Path(__file__).with_name("libcovo.so")
 LIMIT = "COVO_MAX_CPU_ISA"  # environment: the best instruction set that may serve, as ONEDNN_MAX_CPU_ISA is for oneDNN
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}  # the enum of covo.h
-HEAD_DIMS = 32  # decode_attention takes heads of a multiple of that
+HEAD_DIMS = 32  # attention takes heads of a multiple of that
 
 Pointer, Long = ctypes.c_void_p, ctypes.c_long
+
+
+class _Attend(ctypes.Structure):
+    """The struct Attend of covo.h."""
+
+    _fields_ = [(name, Pointer) for name in ("q", "k", "v", "out")]
+    _fields_ += [(name, Long) for name in ("B", "S", "K", "H", "D")]
+    _fields_ += [(f"{name}_{apart}", Long) for name in "qkv" for apart in ("batch", "row", "head")]
+    _fields_ += [("scale", ctypes.c_float)]
 
 
 @functools.cache
@@ -43,6 +52,7 @@ def library() -> ctypes.CDLL:
         ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer, ctypes.POINTER(Long), Pointer, ctypes.c_int,
         Long, Long, Long, Long, Long, ctypes.c_float,
     ]  # fmt: skip
+    loaded.covo_attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Attend)]
     loaded.covo_use_team(_openmp_team())
     return loaded
 
@@ -146,6 +156,30 @@ def decode_attention(
         num_slots, num_heads, num_kv_heads, max_length, head_dim, scale,
     )  # fmt: skip
     _checked(served)
+    return out
+
+
+def attends(best: str, q: Tensor, k: Tensor) -> bool:
+    """Return whether attention() takes these tensors: an instruction set with tiles, bfloat16, on the CPU."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and q.shape[-1] % HEAD_DIMS == 0
+        and k.shape[1] > 0
+        and bool(library().covo_attends(_numbers()[best]))
+    )
+
+
+def attention(best: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return Kernels.attention for bfloat16 and heads of a multiple of 32: scores, softmax and sums in float32, weights
+    rounded to bfloat16. q, k, v: [B, S or K, H, D], rows of D contiguous; K and scale are larger than 0.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    sizes = (q.shape[0], q.shape[1], *k.shape[1:])
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+    job = _Attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *sizes, *strides, scale)
+    _checked(library().covo_attention(_numbers()[best], torch.get_num_threads(), ctypes.byref(job)))
     return out
 
 

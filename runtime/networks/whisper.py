@@ -48,6 +48,7 @@ class WhisperEncoder(nn.Module):
         """Return encoder states [B, S, C] at 50 Hz. mel: [B, M, 2 S] at 100 Hz, in the dtype of the weights."""
         gelu = self.kernels.gelu
         x = gelu(self.conv2(gelu(self.conv1(mel)))).transpose(1, 2)  # [B, S, C]
+        x = x.contiguous()  # else every sum keeps the strides of this view, and every norm copies it
         x = x + self.embed_positions.weight
         for layer in self.layers:
             x = layer(x)

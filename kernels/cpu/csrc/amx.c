@@ -5,14 +5,12 @@
  * int8 weights: for few rows of 16-bit x, x becomes whole numbers of 23 bits below its row's largest element, in three
  * digits of 8 bits, and the sums of int8 products are exact; otherwise blocks of weights become bfloat16, which is exact.
  */
-#include "covo.h"
+#include "amx.h"
 
 #ifdef __x86_64__
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16,amx-int8")))
 #define DIGITS 3
 #define ROWS_OF_DIGITS 5   /* rows of x whose digits fit into the 16 columns of a tile */
 #define MAX_DIGIT_ROWS 10  /* from there on converted weights cost less */
@@ -28,22 +26,6 @@ static int amx_here(void) {
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   if ((d >> 22 & 1 & d >> 24 & d >> 25) == 0) return 0;
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
-
-typedef struct {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-} Tiles;
-
-/* Tiles 0 to 3: sums [16, cols]; 4 and 5: weights [16, 64 bytes]; 6 and 7: x, 16 rows of cols times 4 bytes. */
-static TARGET void configure(int cols) {
-  Tiles t = {.palette = 1};
-  for (int i = 0; i < 8; i++) {
-    t.rows[i] = 16;
-    t.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * cols);
-  }
-  _tile_loadconfig(&t);
 }
 
 INLINE int by_digits(const Linear *t) {
@@ -84,32 +66,6 @@ static long amx_step(const Linear *t) { return t->M > STREAMED ? BLOCK_N : 64; }
 /* Of the sums of a block, and of 32 rows of weights that are not read where they lie. */
 static long amx_scratch_bytes(const Linear *t) {
   return amx_step(t) * smaller(round_up(t->M, 32), BLOCK_M) * 4 + 32 * BLOCK_K * 2;
-}
-
-INLINE TARGET void transpose(__m512i *r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 /* The mask of what is left from k on of a row of K elements, of at most 32. */
@@ -342,6 +298,7 @@ static void amx_weigh(const Attention *t, const void *values, long count, float 
   AVX512.weigh(t, values, count, scores, sums);
 }
 
-const Set AMX = {"amx",         amx_here,          amx_serves,   amx_prepared_bytes, amx_prepare, amx_units, amx_step,
-                 amx_scratch_bytes, amx_multiply, amx_weigh};
+const Set AMX = {"amx",    amx_here, amx_serves,        amx_prepared_bytes, amx_prepare,
+                 amx_units, amx_step, amx_scratch_bytes, amx_multiply,       amx_weigh,
+                 amx_attend_bytes, amx_attend};
 #endif

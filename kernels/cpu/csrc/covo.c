@@ -207,3 +207,45 @@ EXPORT int covo_decode_attention(int i, int threads, const void *query, const vo
   free(memory);
   return i;
 }
+
+/* --- Attention of many queries ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+  const Set *set;
+  Attend attend;
+  long parts, rows; /* of the queries of a head, and how many a part has */
+  long scratch_bytes;
+  char *scratch;
+  long next_unit, next_scratch;
+} Many;
+
+static void attend_many(void *job) {
+  Many *p = job;
+  const Attend *t = &p->attend;
+  char *scratch = p->scratch + p->scratch_bytes * __atomic_fetch_add(&p->next_scratch, 1, __ATOMIC_RELAXED);
+  long unit, packed = -1;
+  while ((unit = __atomic_fetch_add(&p->next_unit, 1, __ATOMIC_RELAXED)) < t->B * t->H * p->parts) {
+    const long head = unit / p->parts, first = unit % p->parts * p->rows;
+    p->set->attend(t, head / t->H, head % t->H, first, smaller(first + p->rows, t->S), head != packed, scratch);
+    packed = head;
+  }
+}
+
+/* Whether set number i has attention of many queries. */
+EXPORT int covo_attends(int i) { return SETS[i]->attend != NULL; }
+
+/* Writes t->out, see Attend, with set number i, which has it. Returns i, -1 without memory. */
+EXPORT int covo_attention(int i, int threads, const Attend *t) {
+  if (!t->B || !t->S || !t->H) return i;
+  if (threads > MAX_THREADS) threads = MAX_THREADS;
+  /* A head's keys are packed by each thread that has queries of it, so heads are cut only where they are few. */
+  const long wanted = threads == 1 ? 1 : (4 * threads + t->B * t->H - 1) / (t->B * t->H);
+  Many p = {.set = SETS[i], .attend = *t, .rows = round_up((t->S + wanted - 1) / wanted, 32)};
+  p.parts = (t->S + p.rows - 1) / p.rows;
+  p.scratch_bytes = round_up(p.set->attend_bytes(t), 64);
+  threads = (int)smaller(threads, t->B * t->H * p.parts);
+  if (posix_memalign((void **)&p.scratch, 64, (size_t)(threads * p.scratch_bytes))) return -1;
+  covo_parallel(attend_many, &p, threads);
+  free(p.scratch);
+  return i;
+}

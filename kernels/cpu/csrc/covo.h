@@ -43,6 +43,16 @@ typedef struct {
 
 #define CHUNK 256 /* rows of the cache that one piece of attention reads: the same for any number of threads */
 
+/* out[B, S, H, D]: attention of S queries to all K keys, bfloat16; D a multiple of 32. A row of D elements is contiguous,
+ * those of a batch, a row and a head are as many elements apart as said; out is contiguous. */
+typedef struct {
+  const uint16_t *q, *k, *v;
+  uint16_t *out;
+  long B, S, K, H, D;
+  long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head;
+  float scale;
+} Attend;
+
 /* What an instruction set can do. A function of a set is called only on a machine that has it. */
 typedef struct {
   const char *name;
@@ -57,6 +67,10 @@ typedef struct {
   /* The weighted values of `count` rows of a cache, and of what they are relative to, into sums[H / G, D + 2].
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
+  /* Attention of many queries, NULL without it: bytes of a thread's scratch memory, and the queries [first, last) of head
+   * h, first a multiple of 32. pack: whether the scratch memory does not hold this head's keys and values yet. */
+  long (*attend_bytes)(const Attend *);
+  void (*attend)(const Attend *, long b, long h, long first, long last, int pack, void *scratch);
 } Set;
 
 extern const Set AMX, AVX512_BF16, AVX512, AVX2, NEON_BF16, NEON, PORTABLE;
