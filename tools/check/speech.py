@@ -1,7 +1,8 @@
 """covo-check speech: what a narrower dtype, fewer evaluations, a fixed context, blocks and other threads change.
 
-The measure of all is the float32 result with the checkpoint's own steps. Figures of speech on random weights say how
-exact the arithmetic is, not how a voice sounds.
+The measure of all is the float32 result with the checkpoint's own steps; of blocks it is the whole reply in their own
+dtype, the one that the device is fast in. Figures of speech on random weights say how exact the arithmetic is, not how
+a voice sounds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covo_npu.kernels.device import open_device
+from covo_npu.kernels.device import fast_dtype, open_device
 from covo_npu.kernels.select import select
 from covo_npu.runtime.flow import Flow
 from covo_npu.runtime.options import WHOLE, SpeechBlocks
@@ -50,7 +51,8 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
     holds = spread.snr_db >= THREADS_SNR_DB
     bound = f"SNR at least {THREADS_SNR_DB:.0f} dB"
     findings = [Finding(f"float32, {threads} threads", str(spread), bound, "float32 arithmetic", holds)]
-    half = speech(by=recast(networks, kernels, torch.bfloat16))
+    narrow = recast(networks, kernels, torch.bfloat16)
+    half = speech(by=narrow)
     findings.append(Finding("bfloat16", str(distance(half, expected)), "finite", "", bool(half.isfinite().all())))
     for steps in sorted({max(1, usual.steps * 2 // 3), max(1, usual.steps // 2)} - {usual.steps}, reverse=True):
         findings.append(_evaluations(Flow(steps), distance(speech(Flow(steps)), expected)))
@@ -61,10 +63,11 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
     factor = networks.config.dit.upsample_factor
     plans = [(name, blocks, usual) for name, blocks in PLANS.items()]
     plans.append(("default, fixed context", SpeechBlocks(), fixed))
+    fast, whole = (narrow, half) if fast_dtype(device) == torch.bfloat16 else (networks, expected)
     for name, blocks, flow in plans if stream else ():
-        found, covered = speech(flow, blocks=blocks), voice.num_frames - voice.num_codes * factor
+        found, covered = speech(flow, fast, blocks), voice.num_frames - voice.num_codes * factor
         seams = measure_seams(found, seams_at(blocks, num_codes, factor, covered))
-        measured = f"log-mel {distance(found, expected).log_mel:.3f} dB from the whole reply, {seams}"
+        measured = f"log-mel {distance(found, whole).log_mel:.3f} dB from the whole reply, {seams}"
         findings.append(Finding(f"in blocks, {name}", measured))
     title = (
         f"{num_codes} codes, {usual.evaluations} evaluations, {device}, against float32 with "
@@ -96,7 +99,8 @@ def command(subject: Subject, codes: int, stream: bool) -> Result:
     """Measure what bfloat16, fewer evaluations, a fixed context and, with --stream, blocks change in the speech.
 
     Measured against the float32 result of the whole reply. Beside it stands what another count of threads changes in
-    float32: what lies near that is nothing. Of blocks there is also what happens at their seams, as a ratio to what
-    happens elsewhere: 1 is no seam.
+    float32: what lies near that is nothing. Blocks are measured against the whole reply in the dtype that the device
+    is fast in, bfloat16 or float32; of them there is also what happens at their seams, as a ratio to what happens
+    elsewhere: 1 is no seam.
     """
     return examine(subject, codes, stream)
