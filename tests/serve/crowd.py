@@ -30,6 +30,7 @@ from websockets.sync.client import connect
 
 STAY_S = 3.0  # how long a client stays at most before it leaves, unless it stays LONG_S
 LONG_S = 10.0  # to hear most replies to their end
+VISITS_PER_S = 50  # to begin at most: the clients share a core, and who waits for it for 10 s is cut off as slow
 EXPECTED = {"200", "408", "429", "503", "101", "gone", "over"}
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() tells the other side at once that nobody is there
 SPARE_BYTES = 64 << 20  # of the allocator and of dialogues that are held, which --parked-mib bounds
@@ -117,7 +118,10 @@ def crowd(port: int, clients: int, seconds: float, seed: int, most: float = floa
     end, left, lock = time.monotonic() + seconds, [most], threading.Lock()
 
     def client(rng: random.Random) -> None:
-        while time.monotonic() < end:
+        while True:
+            time.sleep(rng.uniform(0, 2 * clients / VISITS_PER_S))
+            if time.monotonic() >= end:
+                return
             with lock:
                 left[0] -= 1
                 if left[0] < 0:
