@@ -216,5 +216,6 @@ static TARGET void SET(weigh)(const Attention *t, const void *values, long count
 }
 
 #define SET_OF_VECTORS(NAME)                                                                                           \
-  {NAME, SET(here), SET(serves), SET(prepared_bytes), SET(prepare), SET(units), SET(step), SET(scratch_bytes),         \
-   SET(multiply), SET(weigh)}
+  {.name = NAME, .here = SET(here), .serves = SET(serves), .prepared_bytes = SET(prepared_bytes),                      \
+   .prepare = SET(prepare), .units = SET(units), .step = SET(step), .scratch_bytes = SET(scratch_bytes),               \
+   .multiply = SET(multiply), .weigh = SET(weigh)}
