@@ -57,3 +57,22 @@ class Product:
             plain = ((self.x.float() @ self.weight.float().T) * self.scale + self.bias.float()).to(self.x.dtype)
         error = (plain.double() - self.exact()).abs().amax(-1, keepdim=True)
         return 2 * error + torch.finfo(self.x.dtype).eps * self.exact().abs().amax(-1, keepdim=True)
+
+    def judge(self, found: Tensor) -> None:
+        """Assert that `found` is the product, in x's dtype, and that what is wrong in one place would be refused."""
+        (M, K), N = self.x.shape, len(self.weight)
+        assert found.dtype == self.x.dtype and found.shape == (M, N)
+        bound = self.bound()
+
+        def right(expected: Tensor) -> bool:
+            return bool(((found.double() - expected).abs() <= bound).all())
+
+        assert right(self.exact())
+        if N > 8:
+            assert not right(self.exact(bias=False))
+            assert not right(self.exact(self.weight.roll(1, 0)))
+        if 8 < K < 2000:  # a column at the end that is forgotten, or taken from the next row
+            for column in (0, 1):
+                wrong = self.weight.clone()
+                wrong[:, -1] = 0 if column == 0 else self.weight.roll(-1, 0)[:, 0]
+                assert not right(self.exact(wrong))

@@ -75,21 +75,7 @@ def test_products_are_exact_within_roundings(
 ) -> None:
     product = Product(dtype, torch.int8, *size)
     found = interpreted.linear_int8(product.x, product.weight, product.scale, product.bias)
-    assert found.dtype == dtype and found.shape == size[:2]
-    bound = product.bound()
-
-    def right(expected: torch.Tensor) -> bool:
-        return bool(((found.double() - expected).abs() <= bound).all())
-
-    assert right(product.exact())
-    if size[1] > 8:
-        assert not right(product.exact(bias=False))
-        assert not right(product.exact(product.weight.roll(1, 0)))
-    if 8 < size[2] < 2000:  # a column at the end that is forgotten, or taken from the next row
-        for column in (0, 1):
-            wrong = product.weight.clone()
-            wrong[:, -1] = 0 if column == 0 else product.weight.roll(-1, 0)[:, 0]
-            assert not right(product.exact(wrong))
+    product.judge(found)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

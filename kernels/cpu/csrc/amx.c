@@ -298,7 +298,7 @@ static void amx_weigh(const Attention *t, const void *values, long count, float 
   AVX512.weigh(t, values, count, scores, sums);
 }
 
-const Set AMX = {"amx",    amx_here, amx_serves,        amx_prepared_bytes, amx_prepare,
-                 amx_units, amx_step, amx_scratch_bytes, amx_multiply,       amx_weigh,
-                 amx_attend_bytes, amx_attend};
+const Set AMX = {.name = "amx", .here = amx_here, .serves = amx_serves, .prepared_bytes = amx_prepared_bytes,
+                 .prepare = amx_prepare, .units = amx_units, .step = amx_step, .scratch_bytes = amx_scratch_bytes,
+                 .multiply = amx_multiply, .weigh = amx_weigh, .attend_bytes = amx_attend_bytes, .attend = amx_attend};
 #endif

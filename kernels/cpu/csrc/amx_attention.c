@@ -179,8 +179,9 @@ INLINE TARGET void write_queries(const Attend *t, float *sums, long column, __m5
 TARGET void amx_attend(const Attend *t, long b, long h, long first, long last, int pack, void *scratch) {
   const long depth = t->D / 32, all = tiles_of(t->K, 32);
   char *keys = scratch, *values = keys + keys_bytes(t), *queries = values + keys_bytes(t);
-  float *scores[2] = {(float *)(queries + queries_bytes(t)), scores[0] + KEYS * QUERIES};
-  char *weights[2] = {(char *)(scores[1] + KEYS * QUERIES), weights[0] + KEYS * QUERIES * 2};
+  float *first_scores = (float *)(queries + queries_bytes(t)), *scores[2] = {first_scores, first_scores + KEYS * QUERIES};
+  char *first_weights = (char *)(scores[1] + KEYS * QUERIES);
+  char *weights[2] = {first_weights, first_weights + KEYS * QUERIES * 2};
   float *sums = (float *)(weights[1] + KEYS * QUERIES * 2);
   if (pack) {
     pack_keys(t, t->k + b * t->k_batch + h * t->k_head, keys);
