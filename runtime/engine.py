@@ -246,6 +246,8 @@ class Engine:
             if self._preparing is None and self._waiting and len(self._decoding) < self.num_slots:
                 self._preparing = self._waiting.popleft()
             busy = self._preparing is not None or bool(self._decoding)
+            if self._decoding:
+                self._decode()
             if (round_ := self._preparing) is not None:
                 try:
                     self._prepare(round_)
@@ -253,8 +255,8 @@ class Engine:
                     raise
                 except Exception as error:  # noqa: BLE001 - carried to whoever waits for the reply
                     self._fail(round_, error)
-            if self._decoding:
-                self._decode()
+                if not self._decoder.runs_ahead:
+                    self._settle(0)  # a first id is there, and waits for no step
             self._hear_speaker(wait=not busy and bool(self._speaking))
             events, self._events = self._events, []
             return events
@@ -419,14 +421,15 @@ class Engine:
         So the device is never idle while the host thinks; a round that its stop token ends is fed once more, which
         changes nothing.
         """
-        ahead = self._decoder.runs_ahead
-        if not ahead:
-            self._read(0)
         rounds = list(self._decoding)
         if stepped := any(self._wants_more(round_) for round_ in rounds):
             self._unread.append((self._decoder.step(len(rounds)), rounds))
             self.load.steps += 1
-        self._read(1 if ahead and stepped else 0)
+        self._settle(1 if self._decoder.runs_ahead and stepped else 0)
+
+    def _settle(self, left: int) -> None:
+        """Read the ids on their way but for the last `left` lots; let rounds that are complete with them leave."""
+        self._read(left)
         for round_ in [round_ for round_ in self._decoding if round_.complete]:
             self._complete(round_)
 

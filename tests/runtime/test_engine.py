@@ -522,6 +522,24 @@ class Counted:
         return self.function(*args)
 
 
+def test_a_first_id_is_told_before_the_step_that_follows_it(
+    model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a step is over when it returns: who waits for the first word would wait for the second, too."""
+    engine = Engine(model, 2)
+    step = Counted(engine._decoder.step)
+    monkeypatch.setattr(engine._decoder, "step", step)
+    engine.submit(Dialogue(), english, Ask("a2t", max_new_tokens=10))
+    while not (events := engine.step()):
+        assert not step.calls
+    assert not step.calls and all(isinstance(event, Text | Codes) for event in events)
+    [round_] = engine._decoding
+    assert len(round_.tokens) == 1
+    while not any(isinstance(event, Done) for event in engine.step()):
+        pass
+    assert len(step.calls) == 9
+
+
 def test_no_piece_of_work_holds_the_others_for_longer_than_itself(
     model: CovoAudio, english: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

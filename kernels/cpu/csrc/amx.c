@@ -14,10 +14,11 @@
 #define DIGITS 3
 #define ROWS_OF_DIGITS 5   /* rows of x whose digits fit into the 16 columns of a tile */
 #define MAX_DIGIT_ROWS 10  /* from there on converted weights cost less */
-#define STREAMED 32        /* rows of x up to which whole rows of the weights are read at once */
-#define BLOCK_N 256        /* rows of the weights whose sums stay in the second cache ... */
-#define BLOCK_M 768        /* ... for that many rows of x ... */
-#define BLOCK_K 256        /* ... while that many columns are added */
+#define PAIR 32            /* rows of x in one pair of tiles: for those a thread takes few rows of the weights at once */
+#define BLOCK_N 256        /* rows of the weights whose sums stay in the second cache for ... */
+#define BLOCK_M 768        /* ... that many rows of x, and ... */
+#define BLOCK_X (1 << 20)  /* ... that many bytes of them, as many columns as that is */
+#define BLOCK_K 256        /* columns that several tiles of x take from the first cache */
 
 static int amx_here(void) {
   /* ARCH_REQ_XCOMP_PERM for tile data: Linux gives a process the state on demand. Then CPUID 7: AMX_BF16, _TILE, _INT8. */
@@ -61,7 +62,7 @@ INLINE float *digit_units(const Linear *t) {
 }
 
 static long amx_units(const Linear *t) { return tiles_of_x(t); }
-static long amx_step(const Linear *t) { return t->M > STREAMED ? BLOCK_N : 64; }
+static long amx_step(const Linear *t) { return t->M > PAIR ? BLOCK_N : 64; }
 
 /* Of the sums of a block, and of 32 rows of weights that are not read where they lie. */
 static long amx_scratch_bytes(const Linear *t) {
@@ -169,15 +170,6 @@ static TARGET Weights weights(const Linear *t, long n, long k0, long k1, int in_
   return (Weights){copy, stride};
 }
 
-/* Asks for 32 rows of the weights before they are used. */
-INLINE void ask_for(const Linear *t, long n, long k0, long k1) {
-  const long bytes = bytes_of(t->weight_type) * tile_depth(t);
-  for (long r = 0; r < smaller(32, t->N - n); r++) {
-    const char *row = (const char *)t->weight + (n + r) * t->K * bytes_of(t->weight_type);
-    for (long at = k0 * bytes; at < k1 * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
-}
-
 INLINE TARGET void write_row(const Linear *t, long m, long n, __m512 sum) {
   const __mmask16 mask = (__mmask16)rest(n, t->N);
   if (t->scale) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, t->scale + n));
@@ -261,34 +253,39 @@ static TARGET void add_tiles(const Linear *t, Weights w, long tile, long k0, lon
   }
 }
 
+/* 32 rows of the weights are read side by side from end to end, or as far as x stays in the second cache: short pieces of
+ * rows come from memory at half the rate. Where several pairs of tiles of x wait for them, all take a few columns before
+ * the next ones are read: those are in the first cache then, and what follows is on its way meanwhile. */
 static TARGET void amx_multiply(const Linear *t, long first, long last, void *scratch) {
-  const long all = depth(t), tiles = tiles_of_x(t);
+  const long all = depth(t), tiles = tiles_of_x(t), block_m = BLOCK_M / 16;
   const int as_they_lie = (t->weight_type == BFLOAT16 || by_digits(t)) && t->K % tile_depth(t) == 0;
   const int in_place = as_they_lie && (last - first) % 32 == 0;
-  const long block_k = t->M <= STREAMED && in_place ? all : BLOCK_K / 32, block_m = BLOCK_M / 16;
   char *copy = scratch;
   float *sums = (float *)(copy + 32 * BLOCK_K * 2);
   configure((int)tile_cols(t));
   for (long m0 = 0; m0 < tiles; m0 += block_m) {
     const long m1 = smaller(m0 + block_m, tiles), pairs = (m1 - m0 + 1) / 2;
-    for (long k0 = 0; k0 < all; k0 += block_k) {
-      const long k1 = smaller(k0 + block_k, all);
-      for (long n = first; n < last; n += 32) {
-        const Weights w = weights(t, n, k0, k1, in_place, copy);
-        if (block_k < all && n + 32 < last) ask_for(t, n + 32, k0, k1);
-        for (long m = m0; m < m1; m += 2) {
-          float *block = sums + ((n - first) / 32 * pairs + (m - m0) / 2) * 1024;
-          const int second = m + 1 < m1;
-          add_tiles(t, w, m, k0, k1, second, block);
-          if (k1 < all) continue;
-          write_tile(t, m, n, block);
-          write_tile(t, m, n + 16, block + 256);
-          if (second) {
-            write_tile(t, m + 1, n, block + 512);
-            write_tile(t, m + 1, n + 16, block + 768);
+    const long pieces = (2 * pairs * tile_bytes(t) * all + BLOCK_X - 1) / BLOCK_X, few = BLOCK_K / 32;
+    const long wide = round_up((all + pieces - 1) / pieces, few), step = in_place && pairs == 1 ? wide : few;
+    for (long from = 0; from < all; from += wide) {
+      const long to = smaller(from + wide, all);
+      for (long n = first; n < last; n += 32)
+        for (long k0 = from; k0 < to; k0 += step) {
+          const long k1 = smaller(k0 + step, to);
+          const Weights w = weights(t, n, k0, k1, in_place, copy);
+          for (long m = m0; m < m1; m += 2) {
+            float *block = sums + ((n - first) / 32 * pairs + (m - m0) / 2) * 1024;
+            const int second = m + 1 < m1;
+            add_tiles(t, w, m, k0, k1, second, block);
+            if (k1 < all) continue;
+            write_tile(t, m, n, block);
+            write_tile(t, m, n + 16, block + 256);
+            if (second) {
+              write_tile(t, m + 1, n, block + 512);
+              write_tile(t, m + 1, n + 16, block + 768);
+            }
           }
         }
-      }
     }
   }
   _tile_release();
