@@ -23,10 +23,10 @@ TYPES = (
     (torch.float16, torch.int8),
     (torch.float32, torch.int8),
 )
-# M, N, K: one column, odd sizes, less and more than a vector, a tile, a piece, a block of rows and of columns
+# M, N, K: one column, odd sizes, less and more than a vector, a tile, a block of rows, of columns, of a cache
 SIZES = (
     (1, 1, 1), (1, 5, 7), (2, 33, 100), (3, 260, 3584), (5, 65, 1000), (8, 17, 18944), (10, 31, 64), (11, 96, 333),
-    (16, 64, 96), (33, 300, 520), (70, 300, 777), (800, 40, 64),
+    (16, 64, 96), (33, 300, 520), (60, 64, 9312), (70, 300, 777), (800, 40, 64),
 )  # fmt: skip
 
 
