@@ -141,8 +141,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def conv_weight(self, weight: Tensor) -> Tensor:
-        """Return a weight or bias as this backend's conv1d reads it fastest: called once, after loading."""
+    def conv_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a weight or bias as this backend's conv1d reads it fastest: called once, after loading.
+
+        dtype: that the products may run in; those of a backend that has none in it run in a wider one.
+        """
         ...
 
     def conv1d(
@@ -155,7 +158,10 @@ class Kernels(Protocol):
         dilation: int = 1,
         groups: int = 1,
     ) -> Tensor:
-        """Return the 1-D convolution as torch.nn.functional.conv1d: [B, C_out, L_out]. x: [B, C_in, L]."""
+        """Return the 1-D convolution as torch.nn.functional.conv1d, in x's dtype: [B, C_out, L_out]. x: [B, C_in, L].
+
+        The products run in the dtype of the weight, or in a wider one.
+        """
         ...
 
     def conv_transpose1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:

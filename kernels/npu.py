@@ -238,9 +238,9 @@ def masked_decode_attention(
     return out.view(num_slots, num_heads, head_dim)
 
 
-def conv_weight(weight: Tensor) -> Tensor:
-    """bfloat16 in float32, as conv1d computes: no cast at every call."""
-    return weight.float() if weight.dtype == torch.bfloat16 else weight
+def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """For bfloat16 float32: the device's convolutions are documented for float16 and float32."""
+    return weight.to(torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
 def conv1d(
@@ -252,12 +252,11 @@ def conv1d(
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """bfloat16 is computed in float32: the device's convolutions are documented for float16 and float32."""
+    """Computed as conv_weight says, whether it was asked before or not."""
     _check_length(x)
-    if x.dtype == torch.bfloat16:
-        wide = None if bias is None else bias.float()
-        return F.conv1d(x.float(), weight.float(), wide, stride, padding, dilation, groups).to(x.dtype)
-    return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+    weight = conv_weight(weight, weight.dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.conv1d(x.to(weight.dtype), weight, bias, stride, padding, dilation, groups).to(x.dtype)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0) -> Tensor:

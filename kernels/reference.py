@@ -115,7 +115,7 @@ def masked_decode_attention(
     return out.reshape(num_slots, num_heads, head_dim).to(q.dtype)
 
 
-def conv_weight(weight: Tensor) -> Tensor:
+def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight
 
 

@@ -44,7 +44,7 @@ class Token2Wav(nn.Module):
         dtype: torch.dtype = torch.float32,
         capture: Capture | None = None,
     ) -> None:
-        """dtype: of the matrix products in the transformer's blocks; all else is float32.
+        """dtype: of the products in the transformer's blocks and of the convolution before them; all else is float32.
 
         capture: makes graphs of the transformer's evaluations; it is for nothing else, as Evaluations says.
         """

@@ -149,7 +149,7 @@ class DiT(nn.Module):
     """Codes and prompt in, velocity of the latents out."""
 
     def __init__(self, config: DiTConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of the matrix products in the blocks; all else is float32."""
+        """dtype: of the products in the blocks and of the convolution before them; all else is float32."""
         super().__init__()
         size = config.hidden_size
         self.config, self.kernels, self.dtype = config, kernels, dtype
@@ -162,7 +162,9 @@ class DiT(nn.Module):
         self.cond_proj = Linear(kernels, size + config.speaker_dim, size)
         self.input_proj = Linear(kernels, size + 2 * config.latent_dim, size)
         kernel_size = config.conv_kernel_size
-        self.conv_embed = Conv1d(kernels, size, size, kernel_size, padding=kernel_size // 2, groups=config.conv_groups)
+        self.conv_embed = Conv1d(
+            kernels, size, size, kernel_size, padding=kernel_size // 2, groups=config.conv_groups, products=dtype
+        )
         self.blocks = Stack(DiTBlock(config, kernels, dtype) for _ in range(config.num_layers))
         self.output_modulation = Linear(kernels, size, 2 * size)
         self.output_proj = Linear(kernels, size, config.latent_dim)

@@ -124,16 +124,18 @@ class Conv1d(Derived):
 
     def __init__(
         self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int,
-        stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
+        stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, products: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        """products: the dtype that they may run in, None for that of the loaded weight."""
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.products = kernels, products
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.weight = parameter(out_channels, in_channels // groups, kernel_size)
         self.bias = parameter(out_channels)
 
     def derive(self) -> None:
-        self.weight.data, self.bias.data = (self.kernels.conv_weight(x.data) for x in (self.weight, self.bias))
+        dtype = self.products or self.weight.dtype
+        self.weight.data, self.bias.data = (self.kernels.conv_weight(x.data, dtype) for x in (self.weight, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

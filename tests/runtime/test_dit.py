@@ -104,7 +104,7 @@ def test_bfloat16_is_close_and_only_in_the_products() -> None:
     assert half.dtype == torch.float32
     assert 1e-5 < relative(half, exact) < 2e-2
     names = {name for name, tensor in narrow.state_dict().items() if tensor.dtype == torch.bfloat16}
-    assert {name.rsplit(".", 2)[1] for name in names} == {"qkv_proj", "o_proj", "fc1", "fc2"}
+    assert {name.rsplit(".", 2)[1] for name in names} == {"conv_embed", "qkv_proj", "o_proj", "fc1", "fc2"}
     assert narrow.dit.blocks[0].modulation.weight.dtype == torch.float32
 
 

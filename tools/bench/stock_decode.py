@@ -146,7 +146,8 @@ def _encoder(model: CovoAudio) -> Any:
                 if part != "k" or "weight" in name:  # k has no bias: ours is zeros
                     tensors[name.replace("qkv_proj", f"self_attn.{part}_proj")] = rows
         else:
-            tensors[name.replace("o_proj", "self_attn.out_proj")] = tensor
+            # our convolutions may be wider
+            tensors[name.replace("o_proj", "self_attn.out_proj")] = tensor.to(model.dtype)
     with torch.device("meta"):
         network = WhisperEncoder(config)
     network.load_state_dict(tensors, strict=True, assign=True)
