@@ -94,8 +94,24 @@ def test_caches_are_written_bit_for_bit() -> None:
         assert torch.equal(run(backend, case, inputs), as_tensor(case.expected(**exact)).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_the_products_of_a_convolution_may_run_in_another_dtype(backend: Any) -> None:
+    """x, weight, bias and the result are rounded to it at most once each, and the result is of x's dtype again."""
+    case = next(c for c in CASES if c.function == "conv1d")
+    _, exact = prepared(case, torch.float32)
+    inputs = {name: v.float() if isinstance(v, Tensor) else v for name, v in exact.items()}
+    for name in ("weight", "bias"):
+        inputs[name] = backend.conv_weight(inputs[name], torch.bfloat16)
+    found = run(backend, case, inputs)
+    assert found.dtype == torch.float32
+    sizes = case.expected(**{name: v.abs() if isinstance(v, Tensor) else v for name, v in exact.items()})
+    allowed = 3.1 * 2**-8 * sizes
+    assert within(found, case.expected(**exact), allowed)
+    assert not any(within(found, mutant(**exact), allowed) for mutant in case.mutants)
+
+
 def test_every_function_of_the_contract_has_a_case() -> None:
-    # masks are made for what takes them, conv_weight makes what conv1d reads: see their tests
+    # masks are made for what takes them, conv_weight for conv1d: tested with it
     assert {case.function for case in CASES} | {"key_mask", "step_mask", "conv_weight"} == set(select.FUNCTIONS)
     for backend in BACKENDS:
         assert all(callable(getattr(backend, function)) for function in select.FUNCTIONS)
