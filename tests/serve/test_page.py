@@ -16,7 +16,7 @@ from covo_npu.runtime.audio import read_audio
 from covo_npu.runtime.resampling import resample
 
 FRAME = RATE // 25  # samples that the page sends at a time
-PIECE = 6 * FRAME  # samples of a question that are compared at a time
+PIECE = 3 * FRAME  # samples of a question that are compared at a time
 SPOKEN = [("text", "The sky looks "), ("audio", speech(0.25, 1)), ("text", "blue."), ("audio", speech(0.3, 2))]
 SAMPLES = np.concatenate([value for kind, value in SPOKEN if kind == "audio"])
 LONG = [("text", "A long story."), ("audio", speech(6, 3))]
@@ -84,7 +84,8 @@ def test_what_is_said_is_what_the_server_hears(at, question_wav):
     said = resample(recording, rate, RATE, torch.float64).numpy()
     said = np.tile(said, 2)  # over and over
     # In pieces, each where the recording is most like it: a browser that gets no processor time skips some of what its
-    # microphone of a file says. What the page or a resampler did wrong would be in every piece, for one has six frames.
+    # microphone of a file says, several times a second where others run. What the page or a resampler did wrong would be
+    # in every piece, for one has three frames.
     alike = []
     for piece in (server.heard / 32768)[: server.heard.size // PIECE * PIECE].reshape(-1, PIECE):
         if piece.std() < 0.01:
@@ -92,10 +93,9 @@ def test_what_is_said_is_what_the_server_hears(at, question_wav):
         begin = int(np.correlate(said[: said.size // 2 + PIECE], piece, "valid").argmax())
         there = said[begin : begin + PIECE]
         alike.append((np.corrcoef(there, piece)[0, 1], np.sqrt((piece**2).mean() / (there**2).mean())))
-    assert len(alike) >= 4
-    correlation, level = np.median(alike, axis=0)
-    assert correlation > 0.999
-    assert 0.95 < level < 1.05
+    assert len(alike) >= 8
+    whole = [level for correlation, level in alike if correlation > 0.999999]
+    assert len(whole) > len(alike) / 8 and 0.99 < np.median(whole) < 1.01
 
 
 def test_ways_to_press(at):
