@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Browser, sync_playwright
-from serve.browser import launch, microphone
+from serve.browser import ahead_of_others, launch, microphone
 from serve.harness import CHINESE, Running, serving
 
 from covo_npu.runtime import CovoAudio
@@ -42,7 +42,9 @@ def question_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chromium(question_wav: Path) -> Iterator[Browser]:
     """A browser with a microphone. For a module: while Playwright runs, no other event loop can in this thread."""
-    with sync_playwright() as playwright:
+    with ahead_of_others():
+        playwright = sync_playwright().start()
         browser = launch(playwright.chromium, *microphone(question_wav))
-        yield browser
-        browser.close()
+    yield browser
+    browser.close()
+    playwright.stop()

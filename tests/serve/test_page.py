@@ -75,27 +75,30 @@ def test_the_page_runs_nothing_but_its_own_scripts(at):
 
 
 def test_what_is_said_is_what_the_server_hears(at, question_wav):
-    with Scripted([SPOKEN]) as server, at(server) as talker:
-        talker.settings(clean="off")  # the browser would remove noise and change the level
-        talker.hold(2500)
-        talker.ended()
-        assert np.array_equal(talker.saved(talker.questions), server.heard)
     recording, rate = read_audio(question_wav)
-    said = resample(recording, rate, RATE, torch.float64).numpy()
-    said = np.tile(said, 2)  # over and over
+    said = np.tile(resample(recording, rate, RATE, torch.float64).numpy(), 2)  # over and over
     # In pieces, each where the recording is most like it: a browser that gets no processor time skips some of what its
-    # microphone of a file says, several times a second where others run. What the page or a resampler did wrong would be
-    # in every piece, for one has three frames.
-    alike = []
-    for piece in (server.heard / 32768)[: server.heard.size // PIECE * PIECE].reshape(-1, PIECE):
-        if piece.std() < 0.01:
-            continue  # the silence of the recording
-        begin = int(np.correlate(said[: said.size // 2 + PIECE], piece, "valid").argmax())
-        there = said[begin : begin + PIECE]
-        alike.append((np.corrcoef(there, piece)[0, 1], np.sqrt((piece**2).mean() / (there**2).mean())))
-    assert len(alike) >= 8
-    whole = [level for correlation, level in alike if correlation > 0.999999]
-    assert len(whole) > len(alike) / 8 and 0.99 < np.median(whole) < 1.01
+    # microphone of a file says, several times a second where others run. Then it is asked again; what the page or a
+    # resampler did wrong would be in nearly every piece of every question, for one has three frames.
+    for _ in range(8):
+        with Scripted([SPOKEN]) as server, at(server) as talker:
+            talker.settings(clean="off")  # the browser would remove noise and change the level
+            talker.hold(2500)
+            talker.ended()
+            assert np.array_equal(talker.saved(talker.questions), server.heard)
+        pieces = (server.heard / 32768)[: server.heard.size // PIECE * PIECE].reshape(-1, PIECE)
+        found = [likeness(piece, said) for piece in pieces if piece.std() > 0.01]  # the rest is the recording's silence
+        levels = [level for correlation, level in found if correlation > 0.999999]
+        if whole := len(found) >= 8 and len(levels) > len(found) / 8:
+            break
+    assert whole and 0.99 < np.median(levels) < 1.01
+
+
+def likeness(piece, said):
+    """Correlation of a piece with the part of a recording, there twice, that is most like it, and relative level."""
+    begin = int(np.correlate(said[: said.size // 2 + piece.size], piece, "valid").argmax())
+    there = said[begin : begin + piece.size]
+    return np.corrcoef(there, piece)[0, 1], np.sqrt((piece**2).mean() / (there**2).mean())
 
 
 def test_ways_to_press(at):
