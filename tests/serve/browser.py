@@ -61,6 +61,32 @@ BaseAudioContext.prototype.createScriptProcessor = function (...given) {
 };
 """
 
+# What a microphone gives goes through a worklet, too, which keeps it. It is there before the page's own, and hears the
+# first sample. Pages that browsers do not trust have neither.
+EAR = """
+const ear = URL.createObjectURL(new Blob([`registerProcessor("ear", class extends AudioWorkletProcessor {
+  process([[samples]]) {
+    if (samples) this.port.postMessage(samples.slice());
+    return true;
+  }
+});`], { type: "text/javascript" }));
+const addModule = window.AudioWorklet?.prototype.addModule;
+if (addModule)
+  AudioWorklet.prototype.addModule = async function (...given) {
+    await addModule.call(this, ear);
+    return addModule.apply(this, given);
+  };
+const plug = MediaStreamAudioSourceNode.prototype.connect;
+MediaStreamAudioSourceNode.prototype.connect = function (...given) {
+  const node = new AudioWorkletNode(this.context, "ear", { numberOfOutputs: 0 });
+  window.ear = { rate: this.context.sampleRate, samples: [] };
+  node.port.onmessage = ({ data }) => window.ear.samples.push(...data);
+  plug.call(this, node);
+  return plug.apply(this, given);
+};
+"""
+QUANTUM = 128  # samples that a browser computes at a time
+
 
 def launch(kind: BrowserType, *flags: str) -> Browser:
     """A Chromium of this machine. Without one the test is skipped; in CI, where .ci/run installs it, it fails."""
@@ -133,6 +159,11 @@ class Talker:
         )
         return self.replies.nth(number)
 
+    def microphone(self) -> tuple[np.ndarray, int]:
+        """All samples of the microphone since it was opened, float32, and their rate."""
+        ear = self.page.evaluate("window.ear")
+        return np.array(ear["samples"], np.float32), ear["rate"]
+
     def saved(self, card: Locator) -> np.ndarray:
         """The sound of a question or a reply as its download has it, Int16."""
         with self.page.expect_download() as download:
@@ -186,13 +217,14 @@ def opened(
 ) -> Iterator[Talker]:
     """A page of a server. In the end it must have loaded nothing from elsewhere, and met no fault.
 
-    tap: keep what is played, for which the page's policy on scripts is lifted; faults: a pattern of what the console
-    may say of faults that the test makes.
+    tap: keep what is played and heard, for which the page's policy on scripts is lifted; faults: a pattern of what the
+    console may say of faults that the test makes.
     """
     options = {"locale": "en-US", "viewport": {"width": 1100, "height": 780}, "bypass_csp": tap, **context}
     made: BrowserContext = browser.new_context(permissions=["microphone"] if mic else [], **options)
     if tap:
         made.add_init_script(TAP)
+        made.add_init_script(EAR)
     page = made.new_page()
     talker = Talker(page)
     said: list[str] = []

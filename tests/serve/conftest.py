@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,9 +43,9 @@ def question_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chromium(question_wav: Path) -> Iterator[Browser]:
     """A browser with a microphone. For a module: while Playwright runs, no other event loop can in this thread."""
-    with ahead_of_others():
-        playwright = sync_playwright().start()
-        browser = launch(playwright.chromium, *microphone(question_wav))
-    yield browser
-    browser.close()
-    playwright.stop()
+    with contextlib.ExitStack() as stack:
+        with ahead_of_others():
+            playwright = stack.enter_context(sync_playwright())
+            browser = launch(playwright.chromium, *microphone(question_wav))
+        yield browser
+        browser.close()
