@@ -25,6 +25,13 @@ c_tests() {
     -lm -lpthread && "${@:3}" "$program"
 }
 
+# tile_tests: the tests of products and attention with AMX's instructions emulated, on a processor that has the others
+tile_tests() {
+  gcc -std=gnu11 -O3 -fPIC -shared -include tests/kernels/tiles.h -o "$build/libcovo-tiles.so" kernels/cpu/csrc/*.c \
+    -lm -lpthread && PYTHONPATH=tests "$bin/pytest" -q -p kernels.emulated -k amx \
+    tests/kernels/test_cpu_products.py tests/kernels/test_cpu_attention.py
+}
+
 # numeric NAME [VARIABLE=VALUE...]: the numeric tests in that environment
 numeric() {
   step "numeric tests, $1" env "${@:2}" "$bin/pytest" -q "${files[@]}"
@@ -35,6 +42,10 @@ run_c() {
     if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "here $compiler" "$compiler"
     else missed+=("C tests, $compiler: not installed"); fi
   done
+
+  if grep -qw amx_tile /proc/cpuinfo; then missed+=("AMX emulated: this processor has it")
+  elif grep -qw avx512_bf16 /proc/cpuinfo; then step "tests of AMX, emulated" tile_tests
+  else missed+=("AMX emulated: needs a processor with avx512_bf16"); fi
 
   # Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
   if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")

@@ -160,7 +160,7 @@ def decode_attention(
 
 
 def attends(best: str, q: Tensor, k: Tensor) -> bool:
-    """Return whether attention() takes these tensors: an instruction set with tiles, bfloat16, on the CPU."""
+    """Return whether attention() takes these tensors: a set that multiplies bfloat16 on x86-64, bfloat16, on the CPU."""
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Attention of one query in C: every instruction set by name, against the contract in float32 and its own mutants."""
+"""Attention in C, of one query and of many: every instruction set by name, against the contract in float32 and its own mutants."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ MANY = (
     (1, 64, 640, 2, 128),
 )
 ATTENDING = [best for best in SETS if library.library().covo_attends(library.known_sets().index(best))]
-ATTENDING = ATTENDING or [pytest.param("amx", marks=pytest.mark.skip("this machine has no AMX"))]
+ATTENDING = ATTENDING or [pytest.param("none", marks=pytest.mark.skip("no set of this machine has it"))]
 
 
 def many(B: int, S: int, K: int, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +178,7 @@ def test_what_is_no_number_is_seen_in_attention_of_many_queries(best: str) -> No
     assert error(library.attention(best, q, low, v, 0.125), expected.double()) <= 2**-8 * float(expected.abs().max())
 
 
-def test_what_is_not_for_tiles_is_pytorchs() -> None:
+def test_what_is_not_for_c_is_pytorchs() -> None:
     backend = CPU(Choice.unmeasured())
     q, k, v = many(1, 40, 70, 3, 64)
     for changed in ([x.float() for x in (q, k, v)], [x[..., :24] for x in (q, k, v)], [q[:, :0], k, v]):

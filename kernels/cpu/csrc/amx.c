@@ -297,5 +297,5 @@ static void amx_weigh(const Attention *t, const void *values, long count, float 
 
 const Set AMX = {.name = "amx", .here = amx_here, .serves = amx_serves, .prepared_bytes = amx_prepared_bytes,
                  .prepare = amx_prepare, .units = amx_units, .step = amx_step, .scratch_bytes = amx_scratch_bytes,
-                 .multiply = amx_multiply, .weigh = amx_weigh, .attend_bytes = amx_attend_bytes, .attend = amx_attend};
+                 .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS};
 #endif

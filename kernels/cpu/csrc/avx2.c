@@ -31,5 +31,5 @@ INLINE TARGET float avx2_sum(__m256 v) {
 
 #include "rows.h"
 
-const Set AVX2 = SET_OF_VECTORS("avx2");
+const Set AVX2 = SET_OF_VECTORS("avx2", NULL);
 #endif

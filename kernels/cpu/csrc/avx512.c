@@ -14,5 +14,5 @@ static int avx512_here(void) {
 
 #include "rows.h"
 
-const Set AVX512 = SET_OF_VECTORS("avx512");
+const Set AVX512 = SET_OF_VECTORS("avx512", NULL);
 #endif

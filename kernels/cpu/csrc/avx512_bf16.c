@@ -13,9 +13,9 @@
 #define LOAD_DOT(p) ((__m512bh)_mm512_loadu_si512(p))
 #define DOT(sums, x, w) _mm512_dpbf16_ps(sums, x, w)
 
-static int avx512_bf16_here(void) { return AVX512.here() && __builtin_cpu_supports("avx512bf16"); }
+static int avx512_bf16_here(void) { return AVX512.here() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"); }
 
 #include "rows.h"
 
-const Set AVX512_BF16 = SET_OF_VECTORS("avx512_bf16");
+const Set AVX512_BF16 = SET_OF_VECTORS("avx512_bf16", &AVX512_BF16_ATTENDS);
 #endif

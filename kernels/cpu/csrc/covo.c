@@ -226,13 +226,13 @@ static void attend_many(void *job) {
   long unit, packed = -1;
   while ((unit = __atomic_fetch_add(&p->next_unit, 1, __ATOMIC_RELAXED)) < t->B * t->H * p->parts) {
     const long head = unit / p->parts, first = unit % p->parts * p->rows;
-    p->set->attend(t, head / t->H, head % t->H, first, smaller(first + p->rows, t->S), head != packed, scratch);
+    p->set->attends->attend(t, head / t->H, head % t->H, first, smaller(first + p->rows, t->S), head != packed, scratch);
     packed = head;
   }
 }
 
 /* Whether set number i has attention of many queries. */
-EXPORT int covo_attends(int i) { return SETS[i]->attend != NULL; }
+EXPORT int covo_attends(int i) { return SETS[i]->attends != NULL; }
 
 /* Writes t->out, see Attend, with set number i, which has it. Returns i, -1 without memory. */
 EXPORT int covo_attention(int i, int threads, const Attend *t) {
@@ -240,9 +240,9 @@ EXPORT int covo_attention(int i, int threads, const Attend *t) {
   if (threads > MAX_THREADS) threads = MAX_THREADS;
   /* A head's keys are packed by each thread that has queries of it, so heads are cut only where they are few. */
   const long wanted = threads == 1 ? 1 : (4 * threads + t->B * t->H - 1) / (t->B * t->H);
-  Many p = {.set = SETS[i], .attend = *t, .rows = round_up((t->S + wanted - 1) / wanted, 32)};
+  Many p = {.set = SETS[i], .attend = *t, .rows = round_up((t->S + wanted - 1) / wanted, SETS[i]->attends->step)};
   p.parts = (t->S + p.rows - 1) / p.rows;
-  p.scratch_bytes = round_up(p.set->attend_bytes(t), 64);
+  p.scratch_bytes = round_up(p.set->attends->bytes(t), 64);
   threads = (int)smaller(threads, t->B * t->H * p.parts);
   if (posix_memalign((void **)&p.scratch, 64, (size_t)(threads * p.scratch_bytes))) return -1;
   covo_parallel(attend_many, &p, threads);

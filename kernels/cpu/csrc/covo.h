@@ -53,6 +53,14 @@ typedef struct {
   float scale;
 } Attend;
 
+/* How a set attends. A unit of the work is the queries [first, last) of head h, first a multiple of `step`. */
+typedef struct {
+  long step;
+  long (*bytes)(const Attend *); /* of a thread's scratch memory */
+  /* pack: whether the scratch memory does not hold this head's keys and values yet */
+  void (*attend)(const Attend *, long b, long h, long first, long last, int pack, void *scratch);
+} Attends;
+
 /* What an instruction set can do. A function of a set is called only on a machine that has it. */
 typedef struct {
   const char *name;
@@ -67,12 +75,10 @@ typedef struct {
   /* The weighted values of `count` rows of a cache, and of what they are relative to, into sums[H / G, D + 2].
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
-  /* Attention of many queries, NULL without it: bytes of a thread's scratch memory, and the queries [first, last) of head
-   * h, first a multiple of 32. pack: whether the scratch memory does not hold this head's keys and values yet. */
-  long (*attend_bytes)(const Attend *);
-  void (*attend)(const Attend *, long b, long h, long first, long last, int pack, void *scratch);
+  const Attends *attends; /* attention of many queries, NULL without it */
 } Set;
 
+extern const Attends AMX_ATTENDS, AVX512_BF16_ATTENDS;
 extern const Set AMX, AVX512_BF16, AVX512, AVX2, NEON_BF16, NEON, PORTABLE;
 
 /* Runs work(job) once in each of `threads` threads and returns when all have. */

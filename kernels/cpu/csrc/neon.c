@@ -12,5 +12,5 @@ static int neon_here(void) { return 1; }
 
 #include "rows.h"
 
-const Set NEON = SET_OF_VECTORS("neon");
+const Set NEON = SET_OF_VECTORS("neon", NULL);
 #endif

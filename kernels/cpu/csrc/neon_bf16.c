@@ -37,5 +37,5 @@ static int neon_bf16_here(void) { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) !=
 
 #include "rows.h"
 
-const Set NEON_BF16 = SET_OF_VECTORS("neon_bf16");
+const Set NEON_BF16 = SET_OF_VECTORS("neon_bf16", NULL);
 #endif

@@ -24,4 +24,4 @@ static int portable_here(void) { return 1; }
 
 #include "rows.h"
 
-const Set PORTABLE = SET_OF_VECTORS("portable");
+const Set PORTABLE = SET_OF_VECTORS("portable", NULL);
