@@ -5,24 +5,46 @@
  *   VECTOR, LANES      a vector of float32 and its length
  *   ZERO, LOAD(p), STORE(p, v), BROADCAST(f), FMA(a, b, c) = a * b + c, SUM(v)
  *   LOAD_BFLOAT16(p), LOAD_FLOAT16(p), LOAD_INT8(p)   LANES weights as float32
- *   GROUP              rows of x that are multiplied at once: 4 * GROUP sums have to fit into the registers
+ *   GROUP              rows of x that are multiplied at once, up to 6: 4 * GROUP sums have to fit into the registers
  *   and, if the set has products of bfloat16 pairs:
  *   DOT_LANES          bfloat16 numbers of a vector, DOT_VECTOR its type, LOAD_DOT(p), DOT(sums, x, w)
+ * and, if there is a better way than four times SUM:
+ *   ADD_SUMS(to, a, b, c, d)   adds the sums of four vectors to to[4]
  *
  * Every sum of a product has LANES partial sums, to each of which the columns are added in order, and which are added up
  * every PIECE columns: a row of the result depends neither on the other rows, nor on where the work is cut, nor on the
  * number of threads.
  */
-#define AHEAD 1024 /* bytes of a row: how far before the use weights are asked for */
-#define PIECE 1024 /* columns after which the partial sums are added up; that much of the rows stays in the first cache */
+/* How far before their use, in bytes of a row, weights are asked for: the second cache first, then the first one. A wait for
+ * memory takes one of the few places that the first one has for what it misses; asked for the second one, it does not, and
+ * what comes from there is there soon. */
+#define FAR_AHEAD 2048
+#define AHEAD 256
+#define PIECE 2048 /* columns after which the partial sums are added up; that much of the rows stays in the first cache */
 #define PAD 32     /* elements: rows of prepared x are filled with zeros up to a multiple */
 
-/* Adds to totals[4, M] the products of columns [k, end) of WIDE rows of the weights from n on with HIGH rows of x from m
+#ifndef ADD_SUMS
+#define ADD_SUMS(to, a, b, c, d) ((to)[0] += SUM(a), (to)[1] += SUM(b), (to)[2] += SUM(c), (to)[3] += SUM(d))
+#endif
+
+/* Calls a function whose last argument, how many rows it works on, is a constant. */
+#define OF_HEIGHT(high, FUNCTION, ...)                                                                                 \
+  switch (high) {                                                                                                      \
+    case 1: FUNCTION(__VA_ARGS__, 1); break;                                                                           \
+    case 2: FUNCTION(__VA_ARGS__, GROUP < 2 ? 1 : 2); break;                                                           \
+    case 3: FUNCTION(__VA_ARGS__, GROUP < 3 ? 1 : 3); break;                                                           \
+    case 4: FUNCTION(__VA_ARGS__, GROUP < 4 ? 1 : 4); break;                                                           \
+    case 5: FUNCTION(__VA_ARGS__, GROUP < 5 ? 1 : 5); break;                                                           \
+    case 6: FUNCTION(__VA_ARGS__, GROUP < 6 ? 1 : 6); break;                                                           \
+  }
+
+/* Adds to totals[M, 4] the products of columns [k, end) of WIDE rows of the weights from n on with HIGH rows of x from m
  * on; STEP columns at once. */
 #define DEFINE_ROWS(NAME, ELEMENT, X_ELEMENT, X_VECTOR, STEP, LOAD_X, LOAD_WEIGHT, ADD)                                \
   INLINE TARGET void SET(NAME##_block)(const Linear *t, long n, long m, long k, long end, float *totals,               \
                                        const int WIDE, const int HIGH) {                                               \
     const long K = t->K, size = sizeof(ELEMENT), line = 64 / size, row = round_up(K, PAD);                             \
+    const long far = (t->M > GROUP ? PIECE * size : FAR_AHEAD) / size;                                                 \
     const ELEMENT *w = (const ELEMENT *)t->weight + n * K;                                                             \
     const X_ELEMENT *x = (const X_ELEMENT *)t->prepared + m * row;                                                     \
     VECTOR sums[4][GROUP];                                                                                             \
@@ -30,8 +52,11 @@
       for (int g = 0; g < HIGH; g++) sums[r][g] = ZERO;                                                                \
     for (; k + line <= end; k += line) {                                                                               \
       /* What follows the end of a row is the next WIDE rows: the row below it is being read already. */               \
-      const ELEMENT *ahead = w + k + AHEAD / size + (k + AHEAD / size < K ? 0 : (WIDE - 1) * K);                       \
-      for (int r = 0; r < WIDE; r++) __builtin_prefetch(ahead + r * K);                                                \
+      const ELEMENT *ahead = w + k + far + (k + far < K ? 0 : (WIDE - 1) * K);                                         \
+      for (int r = 0; r < WIDE; r++) {                                                                                 \
+        __builtin_prefetch(ahead + r * K, 0, 1);                                                                       \
+        __builtin_prefetch(w + r * K + k + AHEAD / size, 0, 3);                                                        \
+      }                                                                                                                \
       for (int i = 0; i < line; i += STEP) {                                                                           \
         X_VECTOR xs[GROUP];                                                                                            \
         for (int g = 0; g < HIGH; g++) xs[g] = LOAD_X(x + g * row + k + i);                                            \
@@ -48,22 +73,19 @@
         X_VECTOR ws = LOAD_WEIGHT(rest);                                                                               \
         for (int g = 0; g < HIGH; g++) sums[r][g] = ADD(sums[r][g], LOAD_X(x + g * row + k), ws);                      \
       }                                                                                                                \
-    for (int r = 0; r < WIDE; r++)                                                                                     \
-      for (int g = 0; g < HIGH; g++) totals[r * t->M + m + g] += SUM(sums[r][g]);                                      \
+    for (int g = 0; g < HIGH; g++)                                                                                     \
+      if (WIDE == 4) ADD_SUMS(totals + 4 * (m + g), sums[0][g], sums[1][g], sums[2][g], sums[3][g]);                   \
+      else totals[4 * (m + g)] += SUM(sums[0][g]);                                                                     \
   }                                                                                                                    \
   INLINE TARGET void SET(NAME##_wide)(const Linear *t, long n, float *totals, const int WIDE) {                        \
-    memset(totals, 0, (size_t)(WIDE * t->M) * 4);                                                                      \
+    memset(totals, 0, (size_t)(4 * t->M) * 4);                                                                         \
     for (long k = 0; k < t->K; k += PIECE) {                                                                           \
       const long end = smaller(k + PIECE, t->K);                                                                       \
-      for (long m = 0; m < t->M; m += GROUP) switch (smaller(GROUP, t->M - m)) {                                       \
-          case 1: SET(NAME##_block)(t, n, m, k, end, totals, WIDE, 1); break;                                          \
-          case 2: SET(NAME##_block)(t, n, m, k, end, totals, WIDE, GROUP < 2 ? 1 : 2); break;                          \
-          case 3: SET(NAME##_block)(t, n, m, k, end, totals, WIDE, GROUP < 3 ? 1 : 3); break;                          \
-          case 4: SET(NAME##_block)(t, n, m, k, end, totals, WIDE, GROUP < 4 ? 1 : 4); break;                          \
-        }                                                                                                              \
-    }                                                                                                                  \
-    for (int r = 0; r < WIDE; r++)                                                                                     \
-      for (long m = 0; m < t->M; m++) finish(t, m, n + r, totals[r * t->M + m]);                                       \
+      for (long m = 0; m < t->M; m += GROUP)                                                                           \
+        OF_HEIGHT(smaller(GROUP, t->M - m), SET(NAME##_block), t, n, m, k, end, totals, WIDE);                         \
+    }                                                                                                              \
+    for (long m = 0; m < t->M; m++)                                                                                    \
+      for (int r = 0; r < WIDE; r++) finish(t, m, n + r, totals[4 * m + r]);                                           \
   }                                                                                                                    \
   static TARGET __attribute__((noinline)) void SET(NAME##_rows)(const Linear *t, long n, long last, float *totals) {   \
     for (; n + 4 <= last; n += 4) SET(NAME##_wide)(t, n, totals, 4);                                                   \
@@ -179,12 +201,7 @@ INLINE float SET(exponential)(float x) {
         const float *w = weights + r * CHUNK + row;                                                                    \
         float *s = sums + r * (D + 2);                                                                                 \
         const long rows = smaller(block, count - row);                                                                 \
-        switch (smaller(GROUP, R - r)) {                                                                               \
-          case 1: SET(NAME##_values)(v, w, s, D, rows, 1); break;                                                      \
-          case 2: SET(NAME##_values)(v, w, s, D, rows, GROUP < 2 ? 1 : 2); break;                                      \
-          case 3: SET(NAME##_values)(v, w, s, D, rows, GROUP < 3 ? 1 : 3); break;                                      \
-          case 4: SET(NAME##_values)(v, w, s, D, rows, GROUP < 4 ? 1 : 4); break;                                      \
-        }                                                                                                              \
+        OF_HEIGHT(smaller(GROUP, R - r), SET(NAME##_values), v, w, s, D, rows);                                        \
       }                                                                                                                \
   }
 DEFINE_VALUES(bfloat16, uint16_t, LOAD_BFLOAT16)
@@ -215,7 +232,7 @@ static TARGET void SET(weigh)(const Attention *t, const void *values, long count
   }
 }
 
-#define SET_OF_VECTORS(NAME, ATTENDS)                                                                                         \
+#define SET_OF_VECTORS(NAME, ATTENDS)                                                                                  \
   {.name = NAME, .here = SET(here), .serves = SET(serves), .prepared_bytes = SET(prepared_bytes),                      \
    .prepare = SET(prepare), .units = SET(units), .step = SET(step), .scratch_bytes = SET(scratch_bytes),               \
    .multiply = SET(multiply), .weigh = SET(weigh), .attends = ATTENDS}
