@@ -58,7 +58,7 @@ class CPU:
         return native.linear_int8(x, weight, scale, bias)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """In bfloat16 scores never leave the caches where the processor multiplies it (x86-64); the rest is native's."""
+        """Scores never leave the caches, in bfloat16 on an x86-64 that multiplies it; everything else is native's."""
         best = self.choice.instructions
         if library.attends(best, q, k) and scale > 0:
             return library.attention(best, q, k, v, scale)

@@ -18,8 +18,8 @@ OURS, PYTORCH = "covo", "pytorch"
 Shape = tuple[int, int, torch.dtype]  # N, K and dtype of weights [N, K]
 
 # Numbers of rows that are measured; one stands for those down to the one before it. Above the last, PyTorch multiplies.
-ROWS = (1, 8, 32, 128, 384)
-MOST_ROWS_OF_VECTORS = 32  # sets other than AMX read the weights again for every few rows
+ROWS = (1, 8, 32, 64, 128, 384)
+MOST_ROWS_OF_VECTORS = 128  # of sets other than AMX; x of more does not stay in the second cache
 
 # How much of large weights is measured: as many bytes for few rows, as many rows of the weights a thread for many.
 MEASURED_BYTES = 8 << 20

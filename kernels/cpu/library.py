@@ -160,7 +160,7 @@ def decode_attention(
 
 
 def attends(best: str, q: Tensor, k: Tensor) -> bool:
-    """Return whether attention() takes these tensors: a set that multiplies bfloat16 on x86-64, bfloat16, on the CPU."""
+    """Return whether attention() takes these tensors: bfloat16 on an x86-64 that multiplies it, heads that fit."""
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""A plugin of pytest that has the kernels' library with AMX emulated: tests/isa.sh builds it and runs the tests with it."""
+"""A plugin of pytest: the kernels' library with AMX emulated, which tests/isa.sh builds for the tests that it runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Attention in C, of one query and of many: every instruction set by name, against the contract in float32 and its own mutants."""
+"""Attention in C, of one query and of many: each set by name, against the contract in float32 and its own mutants."""
 
 from __future__ import annotations
 
