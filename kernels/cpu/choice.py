@@ -19,7 +19,7 @@ Shape = tuple[int, int, torch.dtype]  # N, K and dtype of weights [N, K]
 
 # Numbers of rows that are measured; one stands for those down to the one before it. Above the last, PyTorch multiplies.
 ROWS = (1, 8, 32, 64, 128, 384)
-MOST_ROWS_OF_VECTORS = 128  # of sets other than AMX; x of more does not stay in the second cache
+MOST_ROWS_OF_VECTORS = 64  # of sets other than AMX: from there on PyTorch is as fast
 
 # How much of large weights is measured: as many bytes for few rows, as many rows of the weights a thread for many.
 MEASURED_BYTES = 8 << 20
@@ -79,17 +79,20 @@ def measure(shapes: Iterable[Shape], clock: Callable[[], float] = time.perf_coun
     """Return what is fastest for weights of these shapes on this machine, with the threads that PyTorch has now.
 
     Weights of float32 and numbers of rows that C is not made for are not measured: PyTorch has them. Nor are weights
-    that fit into caches: they cost little, and a rule gives the same bits in every process.
+    that fit into caches: they cost little, and a rule gives the same bits in every process. What is measured are so many
+    rows of the weights as say enough, once for all weights that are equal in them.
     """
     instructions = Choice.unmeasured().instructions
-    begin, measured = clock(), {}
+    begin, measured, known = clock(), {}, dict[tuple[int, int, torch.dtype, int], bool]()
     for size_out, size_in, dtype in dict.fromkeys(shapes):
         if dtype == torch.float32 or size_out * size_in * dtype.itemsize < MEASURED_BYTES:
             continue
         for rows in ROWS:
             served = rows <= MOST_ROWS_OF_VECTORS or _has_tiles(instructions, dtype)
-            faster = served and _is_faster(instructions, size_out, size_in, dtype, rows, clock)
-            measured[size_out, size_in, dtype, rows] = OURS if faster else PYTORCH
+            part = (_part_of(size_out, size_in, dtype), size_in, dtype, rows)
+            if served and part not in known:
+                known[part] = _is_faster(instructions, *part, clock)
+            measured[size_out, size_in, dtype, rows] = OURS if known.get(part) else PYTORCH
     result = Choice(instructions, measured)
     for line in result.describe():
         log.info("%s", line)
@@ -98,12 +101,16 @@ def measure(shapes: Iterable[Shape], clock: Callable[[], float] = time.perf_coun
     return result
 
 
+def _part_of(size_out: int, size_in: int, dtype: torch.dtype) -> int:
+    """Return how many rows of the weights are measured."""
+    enough = max(MEASURED_SIZE_OUT * torch.get_num_threads(), MEASURED_BYTES // (size_in * dtype.itemsize))
+    return min(size_out, enough)
+
+
 def _is_faster(
     instructions: str, size_out: int, size_in: int, dtype: torch.dtype, rows: int, clock: Callable[[], float]
 ) -> bool:
     """Return whether C is as fast as PyTorch at least once: both run in turns, after one run for what is done once."""
-    enough = max(MEASURED_SIZE_OUT * torch.get_num_threads(), MEASURED_BYTES // (size_in * dtype.itemsize))
-    size_out = min(size_out, enough)
     weight = torch.ones(size_out, size_in, dtype=dtype)
     x = torch.ones(rows, size_in, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
     for pair in range(PAIRS + 1):

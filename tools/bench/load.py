@@ -1,8 +1,9 @@
 """covo-bench load: from the start of a process to ready and to the first token, each run in a process of its own.
 
 The rows are those of load_rows.py, taken in turn. Before each run the row's own files are read into the page cache, or
-with --cold dropped from it, because on a machine with little memory the rows push each other's files out. The first run
-of each row but stock is a warm-up and not counted, unless --cold. Floors are measured in the same run.
+with --cold dropped from it. The other folder's are dropped in any case: where both do not fit into memory they would push
+out what the run needs. The first run of each row but stock is a warm-up and not counted, unless --cold. Floors are
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Start:
 
 
 def measure_row(task: Task, cold: bool) -> Start:
-    """Return one run of a row, its files warm or cold before."""
-    folder = task.ckpt if task.row in CONVERTED else task.src
+    """Return one run of a row, its files warm or cold before, the other folder's cold."""
+    folder, other = (task.ckpt, task.src) if task.row in CONVERTED else (task.src, task.ckpt)
+    measure.drop_page_cache(other)
     (measure.drop_page_cache if cold else measure.fill_page_cache)(folder)
     found = measure.in_own_process("covo_npu.tools.bench.load_rows", json.dumps(asdict(task)), environment=QUIET)
     moment = found.report
