@@ -79,8 +79,8 @@ def measure(shapes: Iterable[Shape], clock: Callable[[], float] = time.perf_coun
     """Return what is fastest for weights of these shapes on this machine, with the threads that PyTorch has now.
 
     Weights of float32 and numbers of rows that C is not made for are not measured: PyTorch has them. Nor are weights
-    that fit into caches: they cost little, and a rule gives the same bits in every process. What is measured are so many
-    rows of the weights as say enough, once for all weights that are equal in them.
+    that fit into caches: they cost little, and a rule gives the same bits in every process. As many rows of weights are
+    measured as say enough, once for all weights that are equal in them.
     """
     instructions = Choice.unmeasured().instructions
     begin, measured, known = clock(), {}, dict[tuple[int, int, torch.dtype, int], bool]()

@@ -1,8 +1,8 @@
 """covo-bench load: from the start of a process to ready and to the first token, each run in a process of its own.
 
 The rows are those of load_rows.py, taken in turn. Before each run the row's own files are read into the page cache, or
-with --cold dropped from it. The other folder's are dropped in any case: where both do not fit into memory they would push
-out what the run needs. The first run of each row but stock is a warm-up and not counted, unless --cold. Floors are
+with --cold dropped from it. The other folder's are dropped in any case: where both do not fit into memory, they would
+push out what the run needs. The first run of each row but stock is a warm-up and not counted, unless --cold. Floors are
 measured in the same run.
 """
 
