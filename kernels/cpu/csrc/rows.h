@@ -8,6 +8,7 @@
  *   GROUP              rows of x that are multiplied at once, up to 6: 4 * GROUP sums have to fit into the registers
  *   and, if the set has products of bfloat16 pairs:
  *   DOT_LANES          bfloat16 numbers of a vector, DOT_VECTOR its type, LOAD_DOT(p), DOT(sums, x, w)
+ *   LOAD_INT8_DOT(p)   if there is one: DOT_LANES weights of 8 bits as bfloat16, which is exact
  * and, if there is a better way than four times SUM:
  *   ADD_SUMS(to, a, b, c, d)   adds the sums of four vectors to to[4]
  *
@@ -100,11 +101,16 @@ DEFINE_ROWS(int8, int8_t, float, VECTOR, LANES, LOAD, LOAD_INT8, MULTIPLY_ADD)
 #ifdef DOT
 DEFINE_ROWS(dot, uint16_t, uint16_t, DOT_VECTOR, DOT_LANES, LOAD_DOT, LOAD_DOT, DOT)
 #endif
+#ifdef LOAD_INT8_DOT
+DEFINE_ROWS(int8_dot, int8_t, uint16_t, DOT_VECTOR, DOT_LANES, LOAD_DOT, LOAD_INT8_DOT, DOT)
+#endif
 
 static int SET(serves)(const Linear *t) { return t->x_type != INT8; }
 
 INLINE int SET(dots)(const Linear *t) {
-#ifdef DOT
+#ifdef LOAD_INT8_DOT
+  return t->x_type == BFLOAT16 && (t->weight_type == BFLOAT16 || t->weight_type == INT8);
+#elif defined DOT
   return t->x_type == BFLOAT16 && t->weight_type == BFLOAT16;
 #else
   (void)t;
@@ -141,8 +147,14 @@ static TARGET void SET(prepare)(const Linear *t, long first, long last) {
 
 static void SET(multiply)(const Linear *t, long first, long last, void *totals) {
 #ifdef DOT
-  if (SET(dots)(t)) {
+  if (SET(dots)(t) && t->weight_type == BFLOAT16) {
     SET(dot_rows)(t, first, last, totals);
+    return;
+  }
+#endif
+#ifdef LOAD_INT8_DOT
+  if (SET(dots)(t)) {
+    SET(int8_dot_rows)(t, first, last, totals);
     return;
   }
 #endif
