@@ -1,4 +1,4 @@
-"""The contract of interface.py on CPUs: products and attention of few rows in C, everything else PyTorch's.
+"""The contract of interface.py on CPUs: products of few rows, attention, the activation in C, all else PyTorch's.
 
 The C code is one shared library, built when covo-npu is installed if there is a C compiler; csrc/covo.h is a good
 first read. Without it `native` serves, and library.missing() says why.
@@ -6,6 +6,7 @@ first read. Without it `native` serves, and library.missing() says why.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from covo_npu.kernels import native
@@ -40,7 +41,6 @@ class CPU:
     conv_weight = staticmethod(native.conv_weight)
     conv1d = staticmethod(native.conv1d)
     conv_transpose1d = staticmethod(native.conv_transpose1d)
-    anti_aliased_snake = staticmethod(native.anti_aliased_snake)
 
     def __init__(self, choice: Choice | None = None) -> None:
         self.choice = choice or Choice.unmeasured()
@@ -69,6 +69,22 @@ class CPU:
         if q.shape[-1] % library.HEAD_DIMS:
             return native.decode_attention(q, k_cache, v_cache, lengths, scale)
         return library.decode_attention(self.choice.instructions, q, k_cache, v_cache, lengths, scale)
+
+    def anti_aliased_snake(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        inverse_beta: Tensor,
+        up: tuple[float, ...],
+        down: tuple[float, ...],
+        starts: bool = True,
+        ends: bool = True,
+    ) -> Tensor:
+        """In float32 a channel is read and written once; what is between stays in the first cache."""
+        arguments = (x, alpha, inverse_beta, up, down, starts, ends)
+        if x.dtype != torch.float32:
+            return native.anti_aliased_snake(*arguments)
+        return library.anti_aliased_snake(self.choice.instructions, *arguments)
 
 
 def _num_rows(x: Tensor) -> int:

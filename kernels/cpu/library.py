@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from covo_npu.kernels.errors import BackendError
+from covo_npu.kernels.interface import SNAKE_CONTEXT
 
 FILE = Path(__file__).with_name("libcovo.so")
 LIMIT = "COVO_MAX_CPU_ISA"  # environment: the best instruction set that may serve, as ONEDNN_MAX_CPU_ISA is for oneDNN
@@ -25,6 +26,13 @@ class _Attend(ctypes.Structure):
     _fields_ += [(name, Long) for name in ("B", "S", "K", "H", "D")]
     _fields_ += [(f"{name}_{apart}", Long) for name in "qkv" for apart in ("batch", "row", "head")]
     _fields_ += [("scale", ctypes.c_float)]
+
+
+class _Snake(ctypes.Structure):
+    """The struct Snake of covo.h."""
+
+    _fields_ = [(name, Pointer) for name in ("x", "alpha", "inverse_beta", "up", "down", "y")]
+    _fields_ += [(name, Long) for name in ("rows", "C", "N")] + [(name, ctypes.c_int) for name in ("starts", "ends")]
 
 
 @functools.cache
@@ -53,6 +61,7 @@ def library() -> ctypes.CDLL:
         Long, Long, Long, Long, Long, ctypes.c_float,
     ]  # fmt: skip
     loaded.covo_attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Attend)]
+    loaded.covo_snake.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Snake)]
     loaded.covo_use_team(_openmp_team())
     return loaded
 
@@ -181,6 +190,27 @@ def attention(best: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     job = _Attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *sizes, *strides, scale)
     _checked(library().covo_attention(_numbers()[best], torch.get_num_threads(), ctypes.byref(job)))
     return out
+
+
+def anti_aliased_snake(
+    best: str,
+    x: Tensor,
+    alpha: Tensor,
+    inverse_beta: Tensor,
+    up: tuple[float, ...],
+    down: tuple[float, ...],
+    starts: bool,
+    ends: bool,
+) -> Tensor:
+    """Return Kernels.anti_aliased_snake for float32: a channel at a time, in pieces that stay in the first cache."""
+    x, alpha, inverse_beta = x.contiguous(), alpha.float().contiguous(), inverse_beta.float().contiguous()
+    slots, channels, length = x.shape
+    y = x.new_empty(slots, channels, max(length - SNAKE_CONTEXT * ((not starts) + (not ends)), 0))
+    taps = [(ctypes.c_float * 12)(*filter_) for filter_ in (up, down)]
+    pointers = [x.data_ptr(), alpha.data_ptr(), inverse_beta.data_ptr(), *map(ctypes.addressof, taps), y.data_ptr()]
+    job = _Snake(*pointers, slots * channels, channels, length, starts, ends)
+    library().covo_snake(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return y
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,7 +1,7 @@
 /* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
  * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
  *
- * Prints a line for each set: "neon: 120 products, 9 attentions" or "neon_bf16: not executed here".
+ * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations" or "neon_bf16: not executed here".
  * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
  */
 #include <stdio.h>
@@ -16,6 +16,7 @@ int covo_linear(int i, int threads, const void *x, int x_type, const void *weigh
 int covo_decode_attention(int i, int threads, const void *query, const void *keys, const void *values,
                           const long *lengths, void *out, int type, long B, long H, long G, long K_max, long D,
                           float scale);
+void covo_snake(int i, int threads, const Snake *t);
 
 static const char *TYPES[] = {"bfloat16", "float16", "float32", "int8"};
 static const double EPSILON[] = {0x1p-8, 0x1p-11, 0x1p-24}; /* of one rounding */
@@ -122,6 +123,52 @@ static int attention(int i, int type, long B, long H, long G, long D, const long
   return 1;
 }
 
+/* The doubled signal: sample 2t + 1 sees x[t - 2 .. t + 3] through the even taps, 2t sees x[t - 3 .. t + 2] through the odd
+ * ones; between the edges of what is known of x. */
+static double doubled(const Snake *t, const float *x, long at, double alpha, double inverse_beta) {
+  const long i = at < 0 ? 0 : at > 2 * t->N - 1 ? 2 * t->N - 1 : at;
+  double y = 0;
+  for (int j = 0; j < 6; j++) {
+    long n = i / 2 + j - (i % 2 ? 2 : 3);
+    n = n < 0 ? 0 : n >= t->N ? t->N - 1 : n;
+    y += 2.0 * t->up[(i % 2 ? 10 : 11) - 2 * j] * x[n];
+  }
+  return y + sin(alpha * y) * sin(alpha * y) * inverse_beta;
+}
+
+static int snake(int i, long N, int starts, int ends) {
+  enum { C = 3, ROWS = 6 };
+  float *x = malloc((size_t)(ROWS * N) * 4), *y = malloc((size_t)(ROWS * N) * 4), taps[24], alpha[C], inverse_beta[C];
+  for (long j = 0; j < ROWS * N; j++) x[j] = (float)normal();
+  for (int j = 0; j < 24; j++) taps[j] = (float)uniform();
+  for (int c = 0; c < C; c++) alpha[c] = (float)(1 + c), inverse_beta[c] = (float)uniform();
+  const Snake t = {x, alpha, inverse_beta, taps, taps + 12, y, ROWS, C, N, starts, ends};
+  covo_snake(i, 3, &t);
+  const long length = snake_length(&t);
+  double worst = 0, mistake = 0;
+  for (long r = 0; r < ROWS; r++)
+    for (long n = 0; n < length; n++) {
+      double exact = 0, size = 0, last = 0;
+      for (int j = 0; j < 12; j++) {
+        last = t.down[j] * doubled(&t, x + r * N, 2 * (n + (starts ? 0 : SNAKE_CONTEXT)) + j - 5, alpha[r % C],
+                                   inverse_beta[r % C]);
+        exact += last;
+        size += fabs(last);
+      }
+      /* each of the twelve is off by the roundings of its six products, times what the sine makes of them */
+      const double bound = 0x1p-24 * (64 * (1 + 2 * alpha[r % C]) + 32 * size), found = y[r * length + n];
+      worst = fmax(worst, fabs(found - exact) / bound);
+      mistake = fmax(mistake, fabs(found - exact + last) / bound);
+    }
+  if (worst > 1 || mistake <= 1) {
+    printf("%s: snake of %ld, %d %d: %.3g of the bound, without the last tap %.3g\n", covo_set_name(i), N, starts, ends,
+           worst, mistake);
+    faults++;
+  }
+  free(x), free(y);
+  return 1;
+}
+
 int main(void) {
   static const long SIZES[][3] = {{1, 5, 7},   {1, 64, 64}, {2, 33, 100}, {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},
                                   {11, 40, 333}, {16, 64, 96}, {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
@@ -142,7 +189,8 @@ int main(void) {
       attentions += attention(i, type, 3, 9, 3, 64, (const long[]){17, 513, 256});
       attentions += attention(i, type, 2, 5, 1, 32, (const long[]){1, 40});
     }
-    printf("%s: %d products, %d attentions\n", covo_set_name(i), products, attentions);
+    int snakes = snake(i, 1, 1, 1) + snake(i, 20, 1, 0) + snake(i, 300, 0, 1) + snake(i, 600, 0, 0) + snake(i, 513, 1, 1);
+    printf("%s: %d products, %d attentions, %d activations\n", covo_set_name(i), products, attentions, snakes);
   }
   if (faults) printf("%d faults\n", faults);
   return faults != 0;

@@ -1,4 +1,4 @@
-/* The functions that library.py calls: which sets there are, products, attention; and how they use threads. */
+/* The functions that library.py calls: which sets there are, products, attention, the activation; and how they use threads. */
 #include "covo.h"
 
 #include <pthread.h>
@@ -248,4 +248,24 @@ EXPORT int covo_attention(int i, int threads, const Attend *t) {
   covo_parallel(attend_many, &p, threads);
   free(p.scratch);
   return i;
+}
+
+/* --- The anti-aliased activation ------------------------------------------------------------------------------------- */
+
+typedef struct {
+  const Set *set;
+  const Snake *snake;
+  long next_row;
+} Bending;
+
+static void bend(void *job) {
+  Bending *p = job;
+  long row;
+  while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < p->snake->rows) p->set->snake(p->snake, row);
+}
+
+/* Writes t->y, see Snake, with set number i. */
+EXPORT void covo_snake(int i, int threads, const Snake *t) {
+  Bending p = {.set = SETS[i], .snake = t};
+  if (snake_length(t) > 0) covo_parallel(bend, &p, (int)smaller(smaller(threads, MAX_THREADS), t->rows));
 }

@@ -53,6 +53,19 @@ typedef struct {
   float scale;
 } Attend;
 
+/* y[rows, L] = Kernels.anti_aliased_snake of interface.py, float32: x[rows, N], alpha[C], inverse_beta[C], 12 taps each. L
+ * is N, less SNAKE_CONTEXT for each side on which the signal goes on. */
+typedef struct {
+  const float *x, *alpha, *inverse_beta, *up, *down;
+  float *y;
+  long rows, C, N;
+  int starts, ends;
+} Snake;
+
+#define SNAKE_CONTEXT 5
+
+INLINE long snake_length(const Snake *t) { return t->N - SNAKE_CONTEXT * (!t->starts + !t->ends); }
+
 /* How a set attends. A unit of the work is the queries [first, last) of head h, first a multiple of `step`. */
 typedef struct {
   long step;
@@ -76,6 +89,7 @@ typedef struct {
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
   const Attends *attends; /* attention of many queries, NULL without it */
+  void (*snake)(const Snake *, long row);
 } Set;
 
 extern const Attends AMX_ATTENDS, AVX512_BF16_ATTENDS;
