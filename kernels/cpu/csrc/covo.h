@@ -1,7 +1,7 @@
 /* Products and attention of few rows on CPUs: what the files of this folder share.
  *
  * Letters: M rows of x, N rows of the weights (columns of the result), K columns of both.
- * One function per instruction set, chosen at run time; a set is a row of the table in sets.c.
+ * One function per instruction set, chosen at run time; a set is a row of the table in covo.c.
  */
 #ifndef COVO_H
 #define COVO_H
