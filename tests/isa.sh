@@ -44,8 +44,8 @@ run_c() {
   done
 
   if grep -qw amx_tile /proc/cpuinfo; then missed+=("AMX emulated: this processor has it")
-  elif grep -qw avx512_bf16 /proc/cpuinfo; then step "tests of AMX, emulated" tile_tests
-  else missed+=("AMX emulated: needs a processor with avx512_bf16"); fi
+  elif grep -qw avx512_bf16 /proc/cpuinfo && command -v gcc >/dev/null; then step "tests of AMX, emulated" tile_tests
+  else missed+=("AMX emulated: needs a processor with avx512_bf16, and gcc"); fi
 
   # Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
   if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")
