@@ -16,9 +16,8 @@
  * every PIECE columns: a row of the result depends neither on the other rows, nor on where the work is cut, nor on the
  * number of threads.
  */
-/* How far before their use, in bytes of a row, weights are asked for: the second cache first, then the first one. A wait for
- * memory takes one of the few places that the first one has for what it misses; asked for the second one, it does not, and
- * what comes from there is there soon. */
+/* How far before their use, in bytes of a row, weights are asked for: the second cache first, then the first one. Asked
+ * for the first one alone, memory and arithmetic took turns: it has few places for what it waits for. */
 #define FAR_AHEAD 2048
 #define AHEAD 256
 #define PIECE 2048 /* columns after which the partial sums are added up; that much of the rows stays in the first cache */
