@@ -147,10 +147,11 @@ def anti_aliased_snake(
     ends: bool = True,
 ) -> Tensor:
     channels, length = x.shape[1:]
-    up_filter = x.new_tensor(up, dtype=torch.float32).expand(channels, 1, -1)
-    down_filter = x.new_tensor(down, dtype=torch.float32).expand(channels, 1, -1)
-    y = F.conv_transpose1d(F.pad(x.float(), (5, 5), "replicate"), up_filter, stride=2, groups=channels)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    up_filter = x.new_tensor(up, dtype=wide).expand(channels, 1, -1)
+    down_filter = x.new_tensor(down, dtype=wide).expand(channels, 1, -1)
+    y = F.conv_transpose1d(F.pad(x.to(wide), (5, 5), "replicate"), up_filter, stride=2, groups=channels)
     y = 2 * y[..., 15:-15]
-    y = y + torch.sin(alpha.float()[:, None] * y).pow(2) * inverse_beta.float()[:, None]
+    y = y + torch.sin(alpha.to(wide)[:, None] * y).pow(2) * inverse_beta.to(wide)[:, None]
     y = F.conv1d(F.pad(y, (5, 6), "replicate"), down_filter, stride=2, groups=channels).to(x.dtype)
     return y[..., 0 if starts else SNAKE_CONTEXT : length if ends else length - SNAKE_CONTEXT]

@@ -12,17 +12,20 @@ static inline int(amx_here)(void) { return __builtin_cpu_supports("avx512bf16") 
 
 static __thread uint8_t emulated_tiles[8][16][64], emulated_rows[8], emulated_bytes_of_row[8];
 
-static inline void emulated_configure(const void *from) { /* palette, start, 14 reserved, 16 widths of 16 bits, 16 heights */
+/* Palette, start, 14 reserved, 16 widths of 16 bits, 16 heights. */
+static inline void emulated_configure(const void *from) {
   const uint8_t *bytes = (const uint8_t *)from;
   for (int i = 0; i < 8; i++) emulated_bytes_of_row[i] = bytes[16 + 2 * i], emulated_rows[i] = bytes[48 + i];
   memset(emulated_tiles, 0, sizeof emulated_tiles);
 }
 static inline void emulated_load(int to, const void *from, long stride) {
   memset(emulated_tiles[to], 0, sizeof emulated_tiles[to]);
-  for (int r = 0; r < emulated_rows[to]; r++) memcpy(emulated_tiles[to][r], (const char *)from + r * stride, emulated_bytes_of_row[to]);
+  for (int r = 0; r < emulated_rows[to]; r++)
+    memcpy(emulated_tiles[to][r], (const char *)from + r * stride, emulated_bytes_of_row[to]);
 }
 static inline void emulated_store(int from, void *to, long stride) {
-  for (int r = 0; r < emulated_rows[from]; r++) memcpy((char *)to + r * stride, emulated_tiles[from][r], emulated_bytes_of_row[from]);
+  for (int r = 0; r < emulated_rows[from]; r++)
+    memcpy((char *)to + r * stride, emulated_tiles[from][r], emulated_bytes_of_row[from]);
 }
 static inline float emulated_bfloat16(const uint8_t *from) {
   uint32_t wide = (uint32_t)from[1] << 24 | (uint32_t)from[0] << 16;

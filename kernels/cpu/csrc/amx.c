@@ -299,6 +299,5 @@ static void amx_snake(const Snake *t, long row) { AVX512.snake(t, row); }
 
 const Set AMX = {.name = "amx", .here = amx_here, .serves = amx_serves, .prepared_bytes = amx_prepared_bytes,
                  .prepare = amx_prepare, .units = amx_units, .step = amx_step, .scratch_bytes = amx_scratch_bytes,
-                 .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS,
-                 .snake = amx_snake};
+                 .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS, .snake = amx_snake};
 #endif

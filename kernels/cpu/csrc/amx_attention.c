@@ -26,15 +26,7 @@ INLINE TARGET void pack_values(const Attend *t, const uint16_t *values, char *to
   for (long k = 0; k < t->K; k += 32)
     for (long d = 0; d < t->D; d += 16, to += TILE) {
       __m512i r[16];
-      for (int p = 0; p < 16; p++) {
-        __m512i pair[2];
-        for (int i = 0; i < 2; i++) {
-          const long row = k + 2 * p + i;
-          pair[i] = row < t->K ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + row * t->v_row + d)))
-                               : _mm512_setzero_si512();
-        }
-        r[p] = _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16));
-      }
+      for (int p = 0; p < 16; p++) r[p] = two_rows(values + d, t->v_row, k + 2 * p, t->K);
       transpose(r);
       for (int p = 0; p < 16; p++) _mm512_store_si512(to + 64 * p, r[p]);
     }

@@ -31,10 +31,8 @@
 #define PIECE_BYTES 1024
 #define LOG2_E 1.44269504f
 
-INLINE long tiles_of(long count, long size) { return (count + size - 1) / size; }
-
 /* Bytes of what a thread needs: keys, values, queries, scores and weights of two turns, sums. */
-static long keys_bytes(const Attend *t) { return tiles_of(t->K, 32) * 32 * t->D * 2; }
+static long keys_bytes(const Attend *t) { return round_up(t->K, 32) * t->D * 2; }
 static long queries_bytes(const Attend *t) { return QUERIES * t->D * 2; }
 static long sums_bytes(const Attend *t) { return t->D * QUERIES * 4; }
 static long SET(attend_bytes)(const Attend *t) {
@@ -133,7 +131,7 @@ INLINE TARGET void write_queries(const Attend *t, float *sums, long column, __m5
 }
 
 static TARGET void SET(attend)(const Attend *t, long b, long h, long first, long last, int pack, void *scratch) {
-  const long depth = t->D / 32, all = tiles_of(t->K, 32);
+  const long depth = t->D / 32, all = round_up(t->K, 32) / 32;
   char *keys = scratch, *values = keys + keys_bytes(t), *queries = values + keys_bytes(t);
   float *first_scores = (float *)(queries + queries_bytes(t)), *scores[2] = {first_scores, first_scores + KEYS * QUERIES};
   char *first_weights = (char *)(scores[1] + KEYS * QUERIES);

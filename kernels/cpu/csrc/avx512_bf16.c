@@ -14,7 +14,10 @@
 #define DOT(sums, x, w) _mm512_dpbf16_ps(sums, x, w)
 #define LOAD_INT8_DOT(p) _mm512_cvtne2ps_pbh(LOAD_INT8((p) + 16), LOAD_INT8(p))
 
-static int avx512_bf16_here(void) { return AVX512.here() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"); }
+/* Attention has instructions of AVX512DQ. */
+static int avx512_bf16_here(void) {
+  return AVX512.here() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+}
 
 #include "rows.h"
 

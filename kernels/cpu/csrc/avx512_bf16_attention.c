@@ -11,7 +11,7 @@
   add_products(keys + (n) * 32 * t->D * 2, t->D * 2, 4, queries, t->D / 32, 1, sums)
 #define VALUES(t, values, n, count, d, weights, begin, sums)                                                           \
   add_products(values + ((n) * 16 * t->D + d * 32) * 4, 4, t->D * 4, weights, count, begin, sums)
-#include <immintrin.h>
+#include "transpose.h"
 
 /* Rows as they are. */
 INLINE TARGET void pack_keys(const Attend *t, const uint16_t *keys, char *to) {
@@ -23,13 +23,7 @@ INLINE TARGET void pack_keys(const Attend *t, const uint16_t *keys, char *to) {
 /* Each pair of rows becomes one, their numbers side by side. */
 INLINE TARGET void pack_values(const Attend *t, const uint16_t *values, char *to) {
   for (long k = 0; k < round_up(t->K, 32); k += 2)
-    for (long d = 0; d < t->D; d += 16, to += 64) {
-      __m512i pair[2];
-      for (int i = 0; i < 2; i++)
-        pair[i] = k + i < t->K ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + (k + i) * t->v_row + d)))
-                               : _mm512_setzero_si512();
-      _mm512_store_si512(to, _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
-    }
+    for (long d = 0; d < t->D; d += 16, to += 64) _mm512_store_si512(to, two_rows(values + d, t->v_row, k, t->K));
 }
 
 /* Adds the products of 32 rows of the left, `row` bytes apart, and the pieces of the right to sums[COLUMNS, 32, 16]. A

@@ -106,15 +106,18 @@ DEFINE_ROWS(int8_dot, int8_t, uint16_t, DOT_VECTOR, DOT_LANES, LOAD_DOT, LOAD_IN
 
 static int SET(serves)(const Linear *t) { return t->x_type != INT8; }
 
-INLINE int SET(dots)(const Linear *t) {
-#ifdef LOAD_INT8_DOT
-  return t->x_type == BFLOAT16 && (t->weight_type == BFLOAT16 || t->weight_type == INT8);
-#elif defined DOT
-  return t->x_type == BFLOAT16 && t->weight_type == BFLOAT16;
-#else
-  (void)t;
-  return 0;
+typedef void Rows(const Linear *t, long n, long last, float *totals);
+
+/* The function that multiplies these types as pairs of bfloat16, NULL without one. */
+INLINE Rows *SET(dots)(const Linear *t) {
+  if (t->x_type != BFLOAT16) return NULL;
+#ifdef DOT
+  if (t->weight_type == BFLOAT16) return SET(dot_rows);
 #endif
+#ifdef LOAD_INT8_DOT
+  if (t->weight_type == INT8) return SET(int8_dot_rows);
+#endif
+  return NULL;
 }
 
 static long SET(prepared_bytes)(const Linear *t) { return t->M * round_up(t->K, PAD) * (SET(dots)(t) ? 2 : 4); }
@@ -145,18 +148,11 @@ static TARGET void SET(prepare)(const Linear *t, long first, long last) {
 }
 
 static void SET(multiply)(const Linear *t, long first, long last, void *totals) {
-#ifdef DOT
-  if (SET(dots)(t) && t->weight_type == BFLOAT16) {
-    SET(dot_rows)(t, first, last, totals);
+  Rows *const dots = SET(dots)(t);
+  if (dots) {
+    dots(t, first, last, totals);
     return;
   }
-#endif
-#ifdef LOAD_INT8_DOT
-  if (SET(dots)(t)) {
-    SET(int8_dot_rows)(t, first, last, totals);
-    return;
-  }
-#endif
   switch (t->weight_type) {
     case BFLOAT16: SET(bfloat16_rows)(t, first, last, totals); break;
     case FLOAT16: SET(float16_rows)(t, first, last, totals); break;

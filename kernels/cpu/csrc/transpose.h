@@ -1,7 +1,18 @@
-/* Sixteen registers transposed, for the sets with vectors of 512 bits: included where TARGET is defined. */
+/* How rows are laid out anew, for the sets with vectors of 512 bits: included where TARGET is defined. */
 #ifndef TRANSPOSE_H
 #define TRANSPOSE_H
+#include "covo.h"
+
 #include <immintrin.h>
+
+/* 16 numbers of rows k and k + 1 of K, side by side; rows past the last are zero. */
+INLINE TARGET __m512i two_rows(const uint16_t *rows, long stride, long k, long K) {
+  __m512i pair[2];
+  for (long i = 0; i < 2; i++)
+    pair[i] = k + i < K ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(rows + (k + i) * stride)))
+                        : _mm512_setzero_si512();
+  return _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16));
+}
 
 /* Transposes 16 rows of 16 elements of 32 bits. */
 INLINE TARGET void transpose(__m512i *r) {
