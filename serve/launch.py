@@ -46,8 +46,7 @@ class Launch:
 
         Its model is to be closed. Raises CheckpointError, ConfigError, BackendError, RankError and OSError.
         """
-        from covo_npu.runtime.engine import Engine
-        from covo_npu.runtime.model import CovoAudio
+        from covo_npu.runtime import CovoAudio, Engine
         from covo_npu.serve import logs
         from covo_npu.serve.service import Service
 

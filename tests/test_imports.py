@@ -135,6 +135,23 @@ def test_covo_serve_imports_neither_torch_nor_a_web_framework_at_start():
     assert in_subprocess(program) == []
 
 
+def test_what_the_runtime_imports_is_left_out_of_the_search_for_garbage():
+    counted = "from covo_npu.runtime import CovoAudio\nprint(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    assert in_subprocess(f"import gc\n{counted}") == ["True", "True"]
+    # what a program has imported itself, and a collector that it has switched off, are the program's
+    assert in_subprocess(f"import gc, torch\n{counted}") == ["True", "False"]
+    assert in_subprocess(f"import gc\ngc.disable()\n{counted}") == ["False", "False"]
+    failing = """
+import gc, sys
+sys.modules["tokenizers"] = None
+try:
+    from covo_npu.runtime import CovoAudio
+except ImportError:
+    print(gc.isenabled())
+"""
+    assert in_subprocess(failing) == ["True"]
+
+
 def wheel(folder, **environment):
     """Return the path of a wheel that is built from a copy of the tree, with more in the environment."""
     tree = folder / "tree"

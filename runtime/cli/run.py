@@ -132,7 +132,7 @@ def _answer(
 
 
 def _load(ckpt: Path, options: LoadOptions) -> CovoAudio:
-    from covo_npu.runtime.model import CovoAudio  # here, so that --help and wrong arguments are answered at once
+    from covo_npu.runtime import CovoAudio  # here, so that --help and wrong arguments are answered at once
 
     return CovoAudio.load(ckpt, options)
 

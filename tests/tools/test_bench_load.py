@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from covo_npu.tools.bench import cli as bench
 from covo_npu.tools.bench import load as bench_load
 from covo_npu.tools.bench.load import Start, summaries, verdicts
+from covo_npu.tools.bench.load_rows import Moments
 
 
 @pytest.mark.slow
@@ -51,16 +52,38 @@ def test_verdicts_compare_medians_and_floors():
     assert "all rows chose the same first token" not in verdicts(rows, floor, 9e9)
 
 
-def test_stock_is_measured_less_often_and_without_warm_up(monkeypatch):
+def test_rows_take_turns_and_stock_is_measured_less_often(monkeypatch):
     order = []
-    monkeypatch.setattr(bench_load, "measure_row", lambda task, cold: order.append(task.row) or run())
+    monkeypatch.setattr(bench_load, "measure_row", lambda task, cold, first: order.append((task.row, first)) or run())
     tasks = [bench_load.Task(row, "", "", "cpu", True) for row in ("stock", "ours")]
     results = bench_load.measure_rows(tasks, runs=2, stock_runs=1, cold=False)
-    assert order == ["stock", "ours", "ours", "ours"]
+    assert order == [("stock", True), ("ours", True), ("ours", False)]
     assert {row: len(found) for row, found in results.items()} == {"stock": 1, "ours": 2}
-    order.clear()
-    bench_load.measure_rows(tasks, runs=1, stock_runs=1, cold=True)
-    assert order == ["stock", "ours"]
+
+
+def test_a_warm_run_follows_a_start_that_is_not_counted_and_a_cold_one_does_not(monkeypatch):
+    done = []
+    moments = dict.fromkeys(Moments.__slots__, 1.0)
+
+    def in_own_process(module, task, environment):
+        done.append((json.loads(task)["row"], json.loads(task)["first_token"]))
+        return bench_load.measure.Measured(float(len(done)), {**moments, "weights": 3.0}, 0.0, 0, 0)
+
+    monkeypatch.setattr(bench_load.measure, "in_own_process", in_own_process)
+    monkeypatch.setattr(bench_load.measure, "drop_page_cache", lambda folder: done.append(f"{folder} dropped"))
+    monkeypatch.setattr(bench_load.measure, "fill_page_cache", lambda folder: done.append(f"{folder} read"))
+    stock, ours = (bench_load.Task(row, "src", "ckpt", "cpu", True) for row in ("stock", "ours"))
+    bench_load.measure_row(ours, cold=False, first=True)
+    assert done == ["src dropped", "ckpt read", ("ours", True), ("ours", True)]
+    done.clear()
+    assert bench_load.measure_row(ours, cold=False, first=False).ready_s == 1.0 - 4  # the moment the second one began
+    assert done == ["src dropped", "ckpt read", ("ours", False), ("ours", True)]
+    done.clear()
+    bench_load.measure_row(stock, cold=False, first=False)
+    assert done == ["ckpt dropped", "src read", ("from_pretrained", False), ("stock", True)]
+    done.clear()
+    bench_load.measure_row(ours, cold=True, first=True)
+    assert done == ["src dropped", "ckpt dropped", ("ours", True)]
 
 
 def test_help_lists_the_benches_without_importing_them():
