@@ -3,7 +3,8 @@
 The rows are those of load_rows.py, taken in turn. Before each run the row's own files are read into the page cache, or
 with --cold dropped from it. The other folder's are dropped in any case: where both do not fit into memory, they would
 push out what the run needs. Unless --cold the row is then started once without being counted, because its weights have
-pushed out the packages that it imports: to ready, the first time to the first token. Floors are measured in the same run.
+pushed out the packages that it imports: to ready, the first time to the first token. Floors are measured in the same
+run.
 """
 
 from __future__ import annotations
