@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from covo_npu.kernels.errors import CovoError
-from covo_npu.runtime.containers import Part, Window, foreign, parts
+from covo_npu.runtime import containers
+from covo_npu.runtime.containers import Part, Window, foreign
 from covo_npu.runtime.mixing import Mix, weights
 from covo_npu.runtime.resampling import resample
 
@@ -104,24 +105,29 @@ def decode_audio(
         file = _taken_in(file, source)
     if not file.seek(0, os.SEEK_END):
         raise AudioError(f"{source}: is empty (0 bytes)")
-    mix, rate = Mix(), 0
+    mix, rate, length = Mix(), 0, 0
     heard: list[Tensor] = []
     doubts: list[str] = []
-    for part in parts(file):
+    recordings = containers.parts(file)
+    if len(recordings) > containers.MOST_RECORDINGS:
+        raise TooLongError(
+            f"{source}: holds more than {containers.MOST_RECORDINGS} recordings, one behind the other; make them one"
+        )
+    for part in recordings:
         try:
             samples, part_rate, more = _recording(file, part, mix, source, max_seconds, max_samples)
         except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a rate must come from outside
             if not heard:
                 raise AudioError(f"{source}: {_not_audio(file, error, source)}") from None
-            more = [f"what follows its first {sum(map(len, heard)) / rate:.2f} s is damaged and not heard"]
+            more = [f"what follows its first {length / rate:.2f} s is damaged and not heard"]
         else:
             rate = rate or part_rate
             heard.append(samples if part_rate == rate else resample(samples, part_rate, rate, torch.float32))
-            seconds = sum(map(len, heard)) / rate
-            if max_seconds is not None and seconds > max_seconds:
-                raise TooLongError(f"{source}: lasts {seconds:.1f} s, at most {max_seconds:.1f} s are possible")
+            length += len(heard[-1])
+            if max_seconds is not None and length / rate > max_seconds:
+                raise TooLongError(f"{source}: lasts {length / rate:.1f} s, at most {max_seconds:.1f} s are possible")
         doubts += more
-    if not any(len(samples) for samples in heard):
+    if not length:
         raise AudioError(f"{source}: {'; '.join(('has no samples', *doubts))}")
     samples = _usable(torch.cat(heard), source)
     for finding in dict.fromkeys((*doubts, *mix.findings())):

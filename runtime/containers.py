@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 SCAN_BYTES = 1 << 20
+MOST_RECORDINGS = 20_000  # in one file: each costs time, however short it is
 UNKNOWN_SIZE = 0x7FFF0000  # from here on a size of 32 bits means that the writer could not know it
 LONGEST_TRAILER = 1 << 16
 TRAILERS = (b"ID3", b"TAG", b"APETAGEX")  # tags that players leave behind the last chunk
 CUT_CHUNKS = (b"LIST", b"id3 ", b"bext", b"cue ", b"smpl", b"fact", b"iXML", b"ANNO", b"NAME", b"junk", b"JUNK")
 LONGEST_FRAME = 1 << 12  # of MP3, and more
+AU_HEADER, WAVE64_HEADER = 24, 40  # bytes that a recording has at least: a header that states fewer does not split
 CAF_CHUNKS = (
     b"free",
     b"info",
@@ -98,11 +100,14 @@ class Window(io.RawIOBase):
 
 
 def parts(file: BinaryIO) -> list[Part]:
-    """Return the recordings of a file that can be sought in, at least one: what is not understood is one to its end."""
+    """Return the recordings of a file that can be sought in, at least one: what is not understood is one to its end.
+
+    Behind more than MOST_RECORDINGS no others are looked for.
+    """
     size = file.seek(0, os.SEEK_END)
     found: list[Part] = []
     start = 0
-    while start < size:
+    while start < size and len(found) <= MOST_RECORDINGS:
         head = _at(file, start, 16)
         split = next((split for magic, split in FORMATS if magic.match(head)), None)
         if split is None and found:  # what follows the last recording is none
@@ -175,7 +180,7 @@ def _au(file: BinaryIO, start: int, size: int) -> list[Part]:
     there = size - start - offset
     if stated >= UNKNOWN_SIZE or stated == there:
         return [Part(start, size)]
-    if stated < there and _at(file, start + offset + stated, 4) == b".snd":
+    if offset >= AU_HEADER and stated < there and _at(file, start + offset + stated, 4) == b".snd":
         return [Part(start, start + offset + stated)]
     return [Part(start, size, ((start + 8, b"\xff" * 4),), _differing(stated, there))]
 
@@ -206,7 +211,7 @@ def _caf(file: BinaryIO, start: int, size: int) -> list[Part]:
 
 def _wave64(file: BinaryIO, start: int, size: int) -> list[Part]:
     stop = start + int.from_bytes(_at(file, start + 16, 8), "little")
-    if stop < size and _at(file, stop, 4) == b"riff":
+    if start + WAVE64_HEADER <= stop < size and _at(file, stop, 4) == b"riff":
         return [Part(start, stop)]
     return [Part(start, size, doubt=_differing(stop - start, size - start) if stop > size else "")]
 

@@ -81,3 +81,14 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: arrays[key] for key in arrays.files}
 
     return load
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """tmp_path, where that is on a disk: files of a file system in memory have no page cache to be dropped from."""
+    mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    places = {Path(mount.split()[4]): kind.split()[0] for mount, kind in mounts}
+    place = next(place for place in (tmp_path, *tmp_path.parents) if place in places)
+    if places[place] in ("tmpfs", "ramfs"):
+        pytest.skip(f"{place} is in memory: set TMPDIR to a folder on a disk")
+    return tmp_path

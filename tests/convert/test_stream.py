@@ -110,9 +110,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cache", ["cold", "warm", "no direct I/O", "direct I/O that fails"])
-def test_a_source_file_gives_its_bytes_from_cache_and_disk(cache: str, tmp_path: Path, monkeypatch):
+def test_a_source_file_gives_its_bytes_from_cache_and_disk(cache: str, disk: Path, monkeypatch):
     data = pieces(3, [3 * BLOCK_BYTES + 12345])[0]
-    path = tmp_path / "file"
+    path = disk / "file"
     path.write_bytes(data)
     if cache != "warm":
         drop_page_cache(path)

@@ -63,6 +63,15 @@ def test_recordings_of_other_rates_and_kinds_follow_each_other():
     assert np.array_equal(samples, np.concatenate((alone(encoded(FIRST)), expected.numpy()))) and warnings == []
 
 
+def test_a_file_of_more_recordings_than_are_heard_is_refused(monkeypatch):
+    monkeypatch.setattr(containers, "MOST_RECORDINGS", 3)
+    samples, _ = heard(encoded(FIRST[:9000]) * 3)
+    assert len(samples) == 3 * 9000
+    with pytest.raises(audio.TooLongError, match="more than 3 recordings, one behind the other; make them one"):
+        heard(encoded(FIRST[:9000]) * 5)
+    assert len(containers.parts(io.BytesIO(encoded(FIRST[:9000]) * 5))) == 4  # others are not looked for
+
+
 @pytest.mark.parametrize("form", SIZED, ids="-".join)
 def test_a_cut_file_gives_what_it_has_with_a_warning(form):
     data = encoded(np.tile(FIRST, 8), *form)
@@ -185,6 +194,34 @@ def test_what_is_no_audio_is_named(data, says):
     with pytest.raises(AudioError, match=says) as error:
         audio.decode_audio(io.BytesIO(data), "x")
     assert "ffmpeg" not in str(error.value)
+
+
+HEADS = (
+    b"RIFF\0\0\0\0WAVE", b"RIFX\0\0\0\0WAVE", b"RF64\0\0\0\0WAVE", b"FORM\0\0\0\0AIFF", b"OggS", b"fLaC", b"ID3",
+    b"\xff\xfb", b".snd", b"caff\0\1", b"riff\x2e\x91\xcf\x11",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("fill", [b"\0", b"\1", b"\xff", None], ids=["zeros", "ones", "largest", "the head again"])
+def test_the_shortest_files_come_to_an_end(head, fill):
+    """Sizes of nothing, of little and of far too much: every recording has bytes, and together they are the file."""
+
+    class Patient(io.BytesIO):
+        reads = 0
+
+        def read(self, size=-1):
+            self.reads += 1
+            assert self.reads < 2000, "it is read again and again"
+            return super().read(size)
+
+    for length in range(len(head), 80):
+        file = Patient((head + (fill or head) * 80)[:length])
+        found = containers.parts(file)
+        assert found[0].start == 0
+        assert all(part.start < part.stop for part in found)
+        assert [part.stop + part.skipped for part in found[:-1]] == [part.start for part in found[1:]]
+        assert found[-1].stop <= length
 
 
 def test_a_window_reads_as_the_bytes_would():

@@ -71,13 +71,13 @@ def test_own_process_that_fails(module, code, message):
         measure.in_own_process(module(code))
 
 
-def test_page_cache_is_dropped_and_filled(tmp_path):
+def test_page_cache_is_dropped_and_filled(disk):
     """Told by mincore: the share of pages of a fresh map that are resident."""
-    file = tmp_path / "data"
+    file = disk / "data"
     file.write_bytes(os.urandom(8 << 20))
     assert measure.fill_page_cache(file) > 0
     assert _resident_share(file) == 1.0
-    measure.drop_page_cache(tmp_path)
+    measure.drop_page_cache(disk)
     assert _resident_share(file) < 0.1
     assert measure.disk_bandwidth(file) > 0
     assert _resident_share(file) == 1.0
