@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-SCAN_BYTES = 1 << 20
-MOST_RECORDINGS = 20_000  # in one file: each costs time, however short it is
+FIRST_SCAN_BYTES, SCAN_BYTES = 1 << 12, 1 << 20
+# What a file has at most: each costs time, however short it is. Pages of Ogg that are cut off count as recordings do.
+MOST_RECORDINGS, MOST_CHUNKS = 20_000, 64  # the chunks: behind the samples
 UNKNOWN_SIZE = 0x7FFF0000  # from here on a size of 32 bits means that the writer could not know it
 LONGEST_TRAILER = 1 << 16
 TRAILERS = (b"ID3", b"TAG", b"APETAGEX")  # tags that players leave behind the last chunk
@@ -157,19 +158,22 @@ def _samples(file: BinaryIO, start: int, at: int, stated: int, size: int, mask: 
 
 def _end_of_chunks(file: BinaryIO, at: int, size: int, order: str) -> int | None:
     """Return where the chunks end that begin at `at`: at the file's end or a next recording. None: these are none."""
-    while at < size:
+    for _ in range(MOST_CHUNKS):
+        if at >= size:
+            return size
         head = _at(file, at, 12)
         if any(magic.match(head) for magic, split in FORMATS if split is not _mpeg):  # samples look like its head
             return at
-        rest = _at(file, at, LONGEST_TRAILER)
-        if rest.startswith(TRAILERS) or (size - at <= len(rest) and not rest.strip(b"\0")):
+        if head.startswith(TRAILERS):
+            return size
+        if size - at <= LONGEST_TRAILER and not _at(file, at, size - at).strip(b"\0"):
             return size
         length = int.from_bytes(head[4:8], order)  # type: ignore[arg-type]
         fits = len(head) >= 8 and at + 8 + length <= size
         if not (fits or head[:4] in CUT_CHUNKS) or not all(32 <= byte < 127 for byte in head[:4]):
             return None
         at += 8 + length + length % 2
-    return size
+    return None
 
 
 # --- others
@@ -218,7 +222,7 @@ def _wave64(file: BinaryIO, start: int, size: int) -> list[Part]:
 
 def _ogg(file: BinaryIO, start: int, size: int) -> list[Part]:
     """Pages that open streams begin a recording if others stood before. A page that is cut off is left out."""
-    found, at, opening = [], start, True
+    found, at, opening, cut = [], start, True, 0
     while at < size:
         head = _at(file, at, 27 + 255)
         end = at + 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) > 26 else size + 1
@@ -228,7 +232,8 @@ def _ogg(file: BinaryIO, start: int, size: int) -> list[Part]:
             found.append(Part(start, at))
             start = at
         if not whole:
-            end = _found(file, at + 1, size, re.compile(rb"OggS\0"))
+            cut += 1
+            end = _found(file, at + 1, size, re.compile(rb"OggS\0")) if cut <= MOST_RECORDINGS else size
             if at > start and (end == size or _at(file, end + 5, 1)[0] & 2):
                 doubt = f"it holds {end - at} bytes that are no whole page of Ogg: it was cut off there"
                 found.append(Part(start, at, doubt=doubt, skipped=end - at))
@@ -329,13 +334,15 @@ def _at(file: BinaryIO, start: int, size: int) -> bytes:
 
 def _places(file: BinaryIO, start: int, size: int, pattern: re.Pattern[bytes], longest: int = 64) -> Iterator[int]:
     """Yield where a pattern of at most `longest` bytes matches, block by block."""
+    scanned = FIRST_SCAN_BYTES  # who wants the first match alone may find it near
     while start < size:
-        block, reached = _at(file, start, SCAN_BYTES + longest), start
+        block, reached = _at(file, start, scanned + longest), start
         for match in pattern.finditer(block):
-            if match.start() < SCAN_BYTES:
+            if match.start() < scanned:
                 reached = start + match.end()
                 yield start + match.start()
-        start = max(start + SCAN_BYTES, reached)
+        start = max(start + scanned, reached)
+        scanned = min(2 * scanned, SCAN_BYTES)
 
 
 def _found(file: BinaryIO, start: int, size: int, pattern: re.Pattern[bytes]) -> int:

@@ -224,6 +224,38 @@ def test_the_shortest_files_come_to_an_end(head, fill):
         assert found[-1].stop <= length
 
 
+class Counted(io.BytesIO):
+    """Counts what is read of it."""
+
+    reads = total = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.reads, self.total = self.reads + 1, self.total + len(data)
+        return data
+
+
+def test_pages_that_are_cut_off_are_not_searched_to_the_end_of_the_file_each():
+    file = Counted(b"OggS\0" * 8000)
+    containers.parts(file)
+    assert file.total < 8000 * 2 * containers.FIRST_SCAN_BYTES
+    file = Counted(b"OggS\0" * (containers.MOST_RECORDINGS + 5000))
+    containers.parts(file)
+    assert file.reads < 4 * containers.MOST_RECORDINGS + 100  # behind so many, nothing more is looked for
+
+
+def test_chunks_behind_the_samples_are_not_read_again_for_every_recording():
+    """Each recording is followed by a chunk that reaches over all others, to thousands of small ones and no audio."""
+    chunks = b"abcd\0\0\0\0" * 5000 + b"\1" * 70_000
+    wav, count = encoded(FIRST[:10]), 100
+    data = b""
+    for _ in range(count):
+        data = wav + b"over" + struct.pack("<I", len(data)) + data
+    file = Counted(data + chunks)
+    assert len(containers.parts(file)) == count
+    assert file.reads < count * (2 * containers.MOST_CHUNKS + 20)
+
+
 def test_a_window_reads_as_the_bytes_would():
     """Against a BytesIO of the same bytes, at random."""
     data = RNG.bytes(1000)
