@@ -8,6 +8,7 @@ IFF: "Multimedia Programming Interface and Data Specifications 1.0", "EA IFF 85"
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -223,7 +224,7 @@ def _wave64(file: BinaryIO, start: int, size: int) -> list[Part]:
 def _ogg(file: BinaryIO, start: int, size: int) -> list[Part]:
     """Pages that open streams begin a recording if others stood before. A page that is cut off is left out."""
     found, at, opening, cut = [], start, True, 0
-    while at < size:
+    while at < size and len(found) <= MOST_RECORDINGS:
         head = _at(file, at, 27 + 255)
         end = at + 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) > 26 else size + 1
         whole = head[:4] == b"OggS" and (end == size or (end < size and _at(file, end, 4) == b"OggS"))
@@ -256,7 +257,8 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> list[Part]:
 
 def _cut_at(file: BinaryIO, start: int, size: int, pattern: re.Pattern[bytes], after: int) -> list[Part]:
     """Return the recordings that begin where a pattern matches behind `after`."""
-    places = [place for place in _places(file, start, size, pattern) if place > after]
+    matches = (place for place in _places(file, start, size, pattern) if place > after)
+    places = [*itertools.islice(matches, MOST_RECORDINGS + 1)]
     return [Part(*bounds) for bounds in zip([start, *places], [*places, size], strict=True)]
 
 
