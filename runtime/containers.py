@@ -223,7 +223,8 @@ def _wave64(file: BinaryIO, start: int, size: int) -> list[Part]:
 
 def _ogg(file: BinaryIO, start: int, size: int) -> list[Part]:
     """Pages that open streams begin a recording if others stood before. A page that is cut off is left out."""
-    found, at, opening, cut = [], start, True, 0
+    found: list[Part] = []
+    at, opening, cut = start, True, 0
     while at < size and len(found) <= MOST_RECORDINGS:
         head = _at(file, at, 27 + 255)
         end = at + 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) > 26 else size + 1
