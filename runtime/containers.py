@@ -161,7 +161,7 @@ def _end_of_chunks(file: BinaryIO, at: int, size: int, order: str) -> int | None
     """Return where the chunks end that begin at `at`: at the file's end or a next recording. None: these are none."""
     for _ in range(MOST_CHUNKS):
         if at >= size:
-            return size
+            break
         head = _at(file, at, 12)
         if any(magic.match(head) for magic, split in FORMATS if split is not _mpeg):  # samples look like its head
             return at
@@ -174,7 +174,7 @@ def _end_of_chunks(file: BinaryIO, at: int, size: int, order: str) -> int | None
         if not (fits or head[:4] in CUT_CHUNKS) or not all(32 <= byte < 127 for byte in head[:4]):
             return None
         at += 8 + length + length % 2
-    return None
+    return size if at >= size else None
 
 
 # --- others
