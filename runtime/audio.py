@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import containers
-from covo_npu.runtime.containers import Part, Window, foreign
 from covo_npu.runtime.mixing import Mix, weights
 from covo_npu.runtime.resampling import resample
 
@@ -124,8 +123,7 @@ def decode_audio(
             rate = rate or part_rate
             heard.append(samples if part_rate == rate else resample(samples, part_rate, rate, torch.float32))
             length += len(heard[-1])
-            if max_seconds is not None and length / rate > max_seconds:
-                raise TooLongError(f"{source}: lasts {length / rate:.1f} s, at most {max_seconds:.1f} s are possible")
+            _require_within(length / rate, mix.samples, source, max_seconds, max_samples)
         doubts += more
     if not length:
         raise AudioError(f"{source}: {'; '.join(('has no samples', *doubts))}")
@@ -144,12 +142,12 @@ class _Recording(soundfile.SoundFile):  # type: ignore[misc] # it has no types
 
 
 def _recording(
-    file: BinaryIO, part: Part, mix: Mix, source: str, max_seconds: float | None, max_samples: int | None
+    file: BinaryIO, part: containers.Part, mix: Mix, source: str, max_seconds: float | None, max_samples: int | None
 ) -> tuple[Tensor, int, list[str]]:
     """Return (samples [N], rate, doubts) of one recording. Raises LibsndfileError if it gives no sample."""
     heard: list[NDArray[np.float32]] = []
     doubts = [part.doubt] if part.doubt else []
-    with _Recording(Window(file, part)) as sound:
+    with _Recording(containers.Window(file, part)) as sound:
         rate, channels = int(sound.samplerate), int(sound.channels)
         stated = sound.frames / rate
         counts = weights(channels, sound.format, part.mask)
@@ -191,7 +189,7 @@ def _taken_in(file: BinaryIO, source: str) -> BinaryIO:
 
 def _not_audio(file: BinaryIO, error: Exception, source: str) -> str:
     """Return what a message says of a file that libsndfile does not read."""
-    name, converts = foreign(file)
+    name, converts = containers.foreign(file)
     if name and not converts:
         return f"is not audio but {name}"
     command = f"ffmpeg -i {shlex.quote(source)} -ar 24000 {shlex.quote(Path(source).stem + '.wav')}"
