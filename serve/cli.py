@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from covo_npu.kernels import kept_for_good
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.cli import console
 from covo_npu.runtime.cli.options import (
@@ -173,8 +174,9 @@ def command(
         return build(launch, fleet)
     if on_ray and importlib.util.find_spec("ray") is None:
         raise CovoError("--ray needs Ray Serve, which is not installed: pip install 'covo-npu[ray]'")
-    from covo_npu.runtime.ranks import follows
-    from covo_npu.serve import server  # here, so that --help and wrong arguments are answered at once
+    with kept_for_good():
+        from covo_npu.runtime.ranks import follows
+        from covo_npu.serve import server  # here, so that --help and wrong arguments are answered at once
 
     def tell(what: str, details: dict[str, Any], places: str = "") -> None:
         report = {"url": address, "version": version("covo-npu"), "ready_s": console.process_age_s(), **details}

@@ -138,6 +138,10 @@ def test_covo_serve_imports_neither_torch_nor_a_web_framework_at_start():
 def test_what_the_runtime_imports_is_left_out_of_the_search_for_garbage():
     counted = "from covo_npu.runtime import CovoAudio\nprint(gc.isenabled(), gc.get_freeze_count() > 100_000)"
     assert in_subprocess(f"import gc\n{counted}") == ["True", "True"]
+    for command in ("runtime.cli.run", "serve.cli"):
+        for threads in ("", ", '--threads', '1'"):
+            start = f"from covo_npu.{command} import main\nmain(['--ckpt', '/nowhere'{threads}])"
+            assert in_subprocess(f"import gc\n{start}\n{counted}") == ["True", "True"]
     # what a program has imported itself, and a collector that it has switched off, are the program's
     assert in_subprocess(f"import gc, torch\n{counted}") == ["True", "False"]
     assert in_subprocess(f"import gc\ngc.disable()\n{counted}") == ["False", "False"]

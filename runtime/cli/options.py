@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from covo_npu.kernels import kept_for_good
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import output
 from covo_npu.runtime.cli import console
@@ -68,7 +69,8 @@ def _json_target(context: click.Context, option: click.Parameter, value: str | N
 def _set_threads(context: click.Context, option: click.Parameter, value: int | None) -> None:
     context.meta[THREADS] = value
     if value is not None:
-        import torch  # here, so that --help need not wait for it
+        with kept_for_good():
+            import torch  # here, so that --help need not wait for it
 
         torch.set_num_threads(value)
 
