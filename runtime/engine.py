@@ -550,10 +550,11 @@ class Engine:
         self._events.append(Done(round_.ticket, reply))
 
     def _not_finite(self, what: str) -> NotFiniteError:
-        text, speech = self.model.report.dtype, self.model.report.token2wav_dtype
+        used = self.model.report
+        speech = f"{used.token2wav_dtype}, {used.vocoder_dtype}" if used.token2wav_dtype else "none"
         return NotFiniteError(
-            f"the {what} are NaN or infinite: the weights are broken, or values go beyond {text} (speech: "
-            f"{speech or 'none'}). Try --dtype float32; covo-check ckpt looks at the weights"
+            f"the {what} are NaN or infinite: the weights are broken, or values go beyond {used.dtype} (speech: "
+            f"{speech}). Try --dtype float32; covo-check ckpt looks at the weights"
         )
 
     def _fail(self, round_: _Round, error: Exception) -> None:

@@ -43,7 +43,7 @@ from covo_npu.runtime.parallel import ALONE
 from covo_npu.runtime.prefix import Prefix, stored_prefix
 from covo_npu.runtime.ranks import Leader, RankError, collectives, follows
 from covo_npu.runtime.speech import Noise, Progress, SpeechStream, drawn_noise, given_noise
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.tokenizer import Tokenizer
 from covo_npu.runtime.voice import STORED, Voice, stored_shapes, stored_voice
 
@@ -66,6 +66,7 @@ class LoadReport:
     dtype: str
     weights: str  # of the LLM's products: that dtype, or the manifest's word for 8 bits
     token2wav_dtype: str  # of the matrix products of flow matching, "" without speech
+    vocoder_dtype: str  # of the products of the vocoder's residual blocks, "" without speech
     placed: tuple[Placed, ...]
     load_s: float
 
@@ -173,11 +174,11 @@ class CovoAudio:
         # Rows of another dtype are those of other weights, or less exact than the model's own.
         prefix = stored_prefix(manifest, options.check) if _name(ground.dtype) == manifest.dtype else None
         config = manifest.config if TOKEN2WAV in files else replace(manifest.config, token2wav=None)
-        products = speech_dtype(options.token2wav_dtype, options.dtype, devices.speech)
+        dtypes = speech_dtypes(options, devices.speech)
         kernels = Backends(*(kernels_of(device, ground) for device in devices))
         group = collectives(leader) if leader else ALONE
         captures = graphs_of_speech(options, ground, devices.speech) if TOKEN2WAV in files else None
-        networks = meta_networks(config, kernels, ground.dtype, products, manifest.int8, group, captures)
+        networks = meta_networks(config, kernels, ground.dtype, dtypes, manifest.int8, group, captures)
         weights = load_weights(manifest, files, options)
         fill(networks.llm, weights.files[llm_file], LLM_PREFIX)
         fill(networks.encoder, weights.files[ENCODER])
@@ -201,7 +202,8 @@ class CovoAudio:
             backend=describe(ground.kernels),
             dtype=_name(ground.dtype),
             weights=manifest.weights if manifest.int8 else _name(ground.dtype),
-            token2wav_dtype=_name(products) if networks.token2wav is not None else "",
+            token2wav_dtype=_name(dtypes.flow) if networks.token2wav is not None else "",
+            vocoder_dtype=_name(dtypes.vocoder) if networks.token2wav is not None else "",
             placed=tuple(placed),
             load_s=time.perf_counter() - start,
         )
@@ -370,14 +372,13 @@ def graphs_of_speech(options: LoadOptions, ground: Ground, device: torch.device)
     return device_capture(options.graph, device) if device.type in GRAPHS else None
 
 
-def speech_dtype(choice: str, dtype: str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products of flow matching.
+def speech_dtypes(options: LoadOptions, device: torch.device) -> SpeechDtypes:
+    """Return the dtypes of the products of speech on a device.
 
-    choice auto follows `dtype` if that was chosen, too; if nothing was, it is the device's fast one.
+    Flow matching's auto follows options.dtype if that was chosen, too; if nothing was, it is the device's fast one.
     """
-    if choice != "auto":
-        return _dtype(choice)
-    return fast_dtype(device) if dtype is None else _dtype(dtype)
+    chosen = options.dtype if options.token2wav_dtype == "auto" else options.token2wav_dtype
+    return SpeechDtypes(_dtype(chosen) if chosen else fast_dtype(device), _dtype(options.vocoder_dtype))
 
 
 def _dtype(name: str) -> torch.dtype:

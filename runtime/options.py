@@ -130,9 +130,10 @@ class LoadOptions:
     None: the device's fastest; load: on a CPU, mapped or read; check: compare every byte with its checksum;
     speech: load token2wav, too; max_context: tokens that a dialogue may hold; graph: whether work is captured;
     products: who multiplies on the backend cpu, None: who is faster here, which is measured; a name gives the same bits
-    in every process; token2wav_dtype: of the matrix products of flow matching, auto: see model.speech_dtype; nz: hold
-    16-bit weights of an NPU in its format FRACTAL_NZ; tp: tensor-parallel ranks of the LLM, a process each, on the
-    devices from `device` on; encoder_device, speech_device: where these networks are, None: with the LLM's rank 0.
+    in every process; token2wav_dtype: of the matrix products of flow matching, auto: see model.speech_dtypes;
+    vocoder_dtype: of the vocoder's convolutions, see token2wav.SpeechDtypes; nz: hold 16-bit weights of an NPU in its
+    format FRACTAL_NZ; tp: tensor-parallel ranks of the LLM, a process each, on the devices from `device` on;
+    encoder_device, speech_device: where these networks are, None: with the LLM's rank 0.
     """
 
     device: str = "auto"
@@ -144,6 +145,7 @@ class LoadOptions:
     max_context: int = 8192  # 0.47 GB of KV cache a slot at the real size in bfloat16
     graph: str = "auto"
     token2wav_dtype: str = "auto"
+    vocoder_dtype: str = "float32"
     nz: bool = False
     products: str | None = None
     tp: int = 1
@@ -164,4 +166,5 @@ class LoadOptions:
                 f"auto or one of {', '.join(DTYPES)}",
                 self.token2wav_dtype,
             ),
+            (self.vocoder_dtype in DTYPES, "vocoder_dtype", f"one of {', '.join(DTYPES)}", self.vocoder_dtype),
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ class Statistics(nn.Module):
         return self.mean + latents * self.std
 
 
+class SpeechDtypes(NamedTuple):
+    """The dtypes of the products; all else is float32.
+
+    flow: of those in the transformer's blocks and of the convolution before them; vocoder: of those in its residual
+    blocks.
+    """
+
+    flow: torch.dtype = torch.float32
+    vocoder: torch.dtype = torch.float32
+
+
+FLOAT32 = SpeechDtypes()
+
+
 class Token2Wav(nn.Module):
     """The networks of speech. Voices and ways to solve the ODE are arguments: calls with others may run side by side.
 
@@ -41,21 +56,18 @@ class Token2Wav(nn.Module):
         self,
         config: Token2WavConfig,
         kernels: Kernels,
-        dtype: torch.dtype = torch.float32,
+        dtypes: SpeechDtypes = FLOAT32,
         capture: Capture | None = None,
     ) -> None:
-        """dtype: of the products in the transformer's blocks and of the convolution before them; all else is float32.
-
-        capture: makes graphs of the transformer's evaluations; it is for nothing else, as Evaluations says.
-        """
+        """capture: makes graphs of the transformer's evaluations; it is for nothing else, as Evaluations says."""
         super().__init__()
         self.config = config
         self.flow = Flow(config.flow.time_points - 1)
         self.statistics = Statistics(config)
-        self.dit = DiT(config.dit, kernels, dtype)
+        self.dit = DiT(config.dit, kernels, dtypes.flow)
         self.evaluations = Evaluations(self.dit, capture)
         self.prompts = Prompts()  # as fixed contexts
-        self.vocoder = BigVGAN(config.vocoder, kernels)
+        self.vocoder = BigVGAN(config.vocoder, kernels, dtypes.vocoder)
 
     def num_frames(self, num_codes: int, voice: Voice) -> int:
         """Return L, the latent frames of prompt and reply together, for a reply of num_codes codes."""

@@ -13,7 +13,7 @@ from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.checkpoint.config import ModelConfig, Token2WavConfig
 from covo_npu.runtime.networks.bigvgan import FILTER_TAPS
 from covo_npu.runtime.networks.files import Networks, fill, meta_networks
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice
 from covo_npu.tools.synth.config import PRESETS
 
@@ -41,7 +41,8 @@ def random_networks(
     config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype, int8: Collection[str] = ()
 ) -> Networks:
     """Return all networks on a device, the products of speech in `dtype` too, those of the LLM in int8 in 8 bits."""
-    networks, generator = meta_networks(config, kernels, dtype, dtype, int8), torch.Generator().manual_seed(0)
+    networks = meta_networks(config, kernels, dtype, SpeechDtypes(dtype), int8)
+    generator = torch.Generator().manual_seed(0)
     for network in (networks.llm, networks.encoder, networks.token2wav):
         if network is not None:
             _fill(network, generator, device)

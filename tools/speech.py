@@ -12,7 +12,7 @@ from covo_npu.runtime.checkpoint.format import TOKEN2WAV, CheckpointError, read_
 from covo_npu.runtime.checkpoint.loader import load_tensors
 from covo_npu.runtime.networks.files import fill
 from covo_npu.runtime.options import SpeechBlocks
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import STORED, Voice, stored_voice
 
 # name: how a streamed reply is cut; each differs from the default in what it says
@@ -40,9 +40,9 @@ def load_token2wav(folder: Path, kernels: Kernels, device: torch.device) -> tupl
     return networks, stored_voice(weights.tensors, networks.config.dit, str(folder)).to(device)
 
 
-def recast(networks: Token2Wav, kernels: Kernels, dtype: torch.dtype, capture: Capture | None = None) -> Token2Wav:
-    """Return the same networks with their matrix products in another dtype, or captured. What stays, is shared."""
+def recast(networks: Token2Wav, kernels: Kernels, dtypes: SpeechDtypes, capture: Capture | None = None) -> Token2Wav:
+    """Return the same networks with their products in other dtypes, or captured. What stays, is shared."""
     with torch.device("meta"):
-        other = Token2Wav(networks.config, kernels, dtype, capture)
+        other = Token2Wav(networks.config, kernels, dtypes, capture)
     fill(other, networks.state_dict())
     return other

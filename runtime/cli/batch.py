@@ -198,6 +198,7 @@ def settings_of(model: CovoAudio, ask: Ask) -> dict[str, Any]:
         "voice": xxhash.xxh3_64_hexdigest(b"".join(part.numpy().tobytes() for part in voice)),
         "dtype": model.report.dtype,
         "token2wav_dtype": model.report.token2wav_dtype,
+        "vocoder_dtype": model.report.vocoder_dtype,
         "max_context": model.max_context,
         "weights": xxhash.xxh3_64_hexdigest(repr([file.blocks for file in model.manifest.files.values()]).encode()),
     }

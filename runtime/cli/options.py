@@ -149,6 +149,10 @@ LOADING: dict[str, Decorator] = {
         "--token2wav-dtype", type=click.Choice(("auto", *DTYPES)), default=LOAD.token2wav_dtype, show_default=True,
         help="Of the matrix products of flow matching. auto: bfloat16 where the device is faster in it.",
     ),
+    "vocoder_dtype": click.option(
+        "--vocoder-dtype", type=click.Choice(DTYPES), default=LOAD.vocoder_dtype, show_default=True,
+        help="Of the convolutions of the vocoder. bfloat16: faster, less exact; see covo-check speech.",
+    ),
     "nz": click.option(
         "--nz", is_flag=True, default=LOAD.nz,
         help="On an NPU: hold 16-bit weights in its format FRACTAL_NZ. Nobody has measured it yet.",

@@ -151,6 +151,7 @@ def _report(model: CovoAudio) -> dict[str, Any]:
         "dtype": model.report.dtype,
         "weights": model.report.weights,
         "token2wav_dtype": model.report.token2wav_dtype,
+        "vocoder_dtype": model.report.vocoder_dtype,
         "backend": model.report.backend,
         "load": load,
         "rounds": [],
@@ -163,7 +164,7 @@ def _ready_line(report: dict[str, Any]) -> str:
     if report["weights"] != report["dtype"]:
         dtypes += f", weights {report['weights']}"
     if report["token2wav_dtype"]:
-        dtypes += f", flow matching {report['token2wav_dtype']}"
+        dtypes += f", flow matching {report['token2wav_dtype']}, vocoder {report['vocoder_dtype']}"
     return (
         f"{PROG} {report['version']}: {report['device']}, backend {report['backend']}, {dtypes}; ready in "
         f"{load['process_to_ready_s']:.2f} s ({load['bytes'] / 1e9:.2f} GB loaded in {load['load_s']:.2f} s)"

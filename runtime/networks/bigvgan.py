@@ -8,6 +8,7 @@ anti-alias filters look ahead: `samples_ready` adds up how far.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +128,9 @@ class StreamConv1d(Conv1d):
 
     def __init__(
         self, kernels: Kernels, in_channels: int, out_channels: int, kernel_size: int,
-        dilation: int = 1, look_ahead: int = 0,
+        dilation: int = 1, look_ahead: int = 0, products: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(kernels, in_channels, out_channels, kernel_size, dilation=dilation)
+        super().__init__(kernels, in_channels, out_channels, kernel_size, dilation=dilation, products=products)
         self.reach = dilation * (kernel_size - 1)
         self.look_ahead = look_ahead
 
@@ -162,10 +163,13 @@ class Upsample(ConvTranspose1d):
 class ResidualBlock(nn.Module):
     """The weights of one residual block, by their names in the checkpoint. How they are used: ResidualLayer."""
 
-    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, dilations: tuple[int, ...], kernels: Kernels, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.conv1 = Stack(StreamConv1d(kernels, channels, channels, kernel_size, d) for d in dilations)
-        self.conv2 = Stack(StreamConv1d(kernels, channels, channels, kernel_size) for _ in dilations)
+        convolution = partial(StreamConv1d, kernels, channels, channels, kernel_size, products=dtype)
+        self.conv1 = Stack(convolution(dilation) for dilation in dilations)
+        self.conv2 = Stack(convolution() for _ in dilations)
         self.acts = Stack(Snake(channels) for _ in range(2 * len(dilations)))
 
 
@@ -199,14 +203,14 @@ def _side_by_side(convolutions: Sequence[StreamConv1d], x: Tensor, stream: Strea
 class Stage(nn.Module):
     """Raise the rate, halve the channels, then the mean of the residual blocks."""
 
-    def __init__(self, config: VocoderConfig, index: int, kernels: Kernels) -> None:
+    def __init__(self, config: VocoderConfig, index: int, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
         channels = config.initial_channels // 2 ** (index + 1)
         self.upsample = Upsample(
             kernels, 2 * channels, channels, config.upsample_kernel_sizes[index], config.upsample_rates[index]
         )
         self.blocks = Stack(
-            ResidualBlock(channels, kernel_size, dilations, kernels)
+            ResidualBlock(channels, kernel_size, dilations, kernels, dtype)
             for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilations, strict=True)
         )
         num_layers = len(config.resblock_dilations[0])
@@ -230,12 +234,13 @@ class Stage(nn.Module):
 class BigVGAN(nn.Module):
     """Latents in, waveform out."""
 
-    def __init__(self, config: VocoderConfig, kernels: Kernels) -> None:
+    def __init__(self, config: VocoderConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the products in the residual blocks, nine tenths of all; the signal between them is float32."""
         super().__init__()
         last_channels = config.initial_channels // 2 ** len(config.upsample_rates)
         self.filters = Filters()
         self.conv_pre = StreamConv1d(kernels, config.latent_dim, config.initial_channels, 7, look_ahead=3)
-        self.stages = Stack(Stage(config, index, kernels) for index in range(len(config.upsample_rates)))
+        self.stages = Stack(Stage(config, index, kernels, dtype) for index in range(len(config.upsample_rates)))
         self.act_post = Snake(last_channels)
         self.last_act = Activation(kernels, [self.act_post])
         self.conv_post = StreamConv1d(kernels, last_channels, 1, 7)

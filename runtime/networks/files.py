@@ -24,7 +24,7 @@ from covo_npu.runtime.networks.layers import Derived, Int8Linear
 from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.runtime.networks.whisper import WhisperEncoder
 from covo_npu.runtime.parallel import ALONE, Group
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import FLOAT32, SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import stored_shapes
 
 LLM_PREFIX = "llm."  # stands before Qwen2's own names in its file; the other modules' names are those of their files
@@ -67,21 +67,21 @@ def meta_networks(
     config: ModelConfig,
     kernels: Kernels | Backends,
     dtype: torch.dtype = torch.float32,
-    speech_dtype: torch.dtype = torch.float32,
+    speech_dtypes: SpeechDtypes = FLOAT32,
     int8: Collection[str] = (),
     group: Group = ALONE,
     speech_capture: Capture | None = None,
 ) -> Networks:
     """Return the networks on the meta device.
 
-    dtype: of LLM and encoder; speech_dtype, speech_capture: see Token2Wav; int8, group: see Qwen2.
+    dtype: of LLM and encoder; speech_dtypes, speech_capture: see Token2Wav; int8, group: see Qwen2.
     """
     of = kernels if isinstance(kernels, Backends) else Backends(kernels, kernels, kernels)
     with torch.device("meta"):
         return Networks(
             Qwen2(config.llm, of.llm, dtype, int8, group),
             Encoder(config, of.encoder).to(dtype),
-            Token2Wav(config.token2wav, of.speech, speech_dtype, speech_capture) if config.token2wav else None,
+            Token2Wav(config.token2wav, of.speech, speech_dtypes, speech_capture) if config.token2wav else None,
         )
 
 

@@ -335,7 +335,7 @@ def arrivals(folder: Path, source: Path, ckpt: Path) -> Case:
 
 def stages(folder: Path, source: Path, ckpt: Path) -> Case:
     """Files of `covo-check stages --save`, which people send each other."""
-    origin = check_stages.Origin("cpu", "native", "float32", "float32", "2", "0", "0", "0", "float32", "0")
+    origin = check_stages.Origin("cpu", "native", "float32", "float32", "float32", "2", "0", "0", "0", "float32", "0")
     check_stages.save(folder / "seed", {"mel": torch.zeros(1, 8, 9), "logits": torch.zeros(2, 9)}, origin)
     original = (folder / "seed").read_bytes()
 

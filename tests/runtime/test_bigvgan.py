@@ -14,8 +14,10 @@ from torch import Tensor
 
 from covo_npu.kernels import native
 from covo_npu.runtime.networks import bigvgan
-from covo_npu.runtime.networks.bigvgan import BigVGAN, Stream
+from covo_npu.runtime.networks.bigvgan import BigVGAN, Stream, StreamConv1d
+from covo_npu.runtime.token2wav import SpeechDtypes
 from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
+from covo_npu.tools.speech import recast
 
 HOP = 240
 
@@ -78,6 +80,24 @@ def test_any_cuts_give_the_same_samples(vocoder: BigVGAN, data: st.DataObject) -
     x = latents(1, 8, frames)
     with torch.inference_mode():
         assert (in_pieces(vocoder, x, cuts) - vocoder(x)).abs().max() <= 1e-5
+
+
+def test_products_of_bfloat16(networks, vocoder: BigVGAN) -> None:
+    """At most twice as far from float32 as PyTorch's bfloat16, and in pieces no farther than at once."""
+    narrow = recast(networks, native, SpeechDtypes(vocoder=torch.bfloat16)).vocoder
+    plain = recast(networks, native, SpeechDtypes()).vocoder.to(torch.bfloat16)
+    x = latents(2, 8, 140)
+    expected = vocoder(x)
+
+    def error(found: Tensor) -> float:
+        return float((found.float() - expected).norm() / expected.norm())
+
+    assert error(narrow(x)) <= 2 * error(plain(x.bfloat16()))
+    assert error(in_pieces(narrow, x, [1, 17, 60])) <= 1.1 * error(narrow(x))
+    computed = native.product_dtype(torch.bfloat16, x.device)
+    assert (error(narrow(x)) > 1e-4) == (computed == torch.bfloat16)
+    assert error(narrow(x)) < 0.02
+    assert {c.weight.dtype for c in narrow.modules() if isinstance(c, StreamConv1d)} == {torch.float32, computed}
 
 
 def test_single_frames(vocoder: BigVGAN) -> None:

@@ -84,7 +84,8 @@ def test_a_dialogue_is_upstreams_token_for_token_without_heavy_imports(covo_run,
     report = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
 
     assert set(report) == {
-        "command", "version", "device", "dtype", "weights", "token2wav_dtype", "backend", "load", "rounds", "errors",
+        "command", "version", "device", "dtype", "weights", "token2wav_dtype", "vocoder_dtype", "backend", "load",
+        "rounds", "errors",
     }  # fmt: skip
     assert report["command"] == "covo-run"
     assert (report["device"], report["dtype"], report["weights"], report["errors"]) == ("cpu", "float32", "float32", [])
@@ -228,9 +229,13 @@ def test_nothing_to_read_prints_how_the_load_went(covo_run):
 @pytest.mark.parametrize(
     ("options", "dtypes"),
     [
-        (["--dtype", "float32"], "float32, flow matching float32"),
-        (["--dtype", "float32", "--token2wav-dtype", "bfloat16"], "float32, flow matching bfloat16"),
-        (["--dtype", "bfloat16"], "bfloat16, flow matching bfloat16"),
+        (["--dtype", "float32"], "float32, flow matching float32, vocoder float32"),
+        (["--dtype", "float32", "--token2wav-dtype", "bfloat16"], "float32, flow matching bfloat16, vocoder float32"),
+        (["--dtype", "bfloat16"], "bfloat16, flow matching bfloat16, vocoder float32"),
+        (
+            ["--dtype", "float32", "--vocoder-dtype", "bfloat16"],
+            "float32, flow matching float32, vocoder bfloat16",
+        ),
         (["--dtype", "float32", "--mode", "a2t"], "float32"),
     ],
 )

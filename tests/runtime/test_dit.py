@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from covo_npu.kernels import native
 from covo_npu.runtime.checkpoint.config import Token2WavConfig, VoiceConfig
 from covo_npu.runtime.networks.dit import TimeModulation
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice
 from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
 from covo_npu.tools.speech import recast
@@ -98,7 +98,7 @@ def solution(networks: Token2Wav, *arguments: Any) -> Tensor:
 
 def test_bfloat16_is_close_and_only_in_the_products() -> None:
     networks, voice = small_token2wav(), small_voice()
-    narrow = recast(networks, native, torch.bfloat16)
+    narrow = recast(networks, native, SpeechDtypes(torch.bfloat16))
     codes, noise = torch.arange(30), torch.randn(140, 8)
     exact, half = (solved(each, voice, codes, noise) for each in (networks, narrow))
     assert half.dtype == torch.float32

@@ -29,7 +29,7 @@ from covo_npu.runtime.networks.dit import MAX_FRAMES
 from covo_npu.runtime.networks.files import fill
 from covo_npu.runtime.options import WHOLE, SpeechBlocks
 from covo_npu.runtime.speech import SpeechStream, drawn_noise
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice, no_voice
 
 EAGER = random_token2wav(SMALL, native)
@@ -41,7 +41,7 @@ def captured(tape: Tape, dtype: torch.dtype = torch.float32, **functions: Any) -
     """Return the networks with captured evaluations. functions: of the kernels, in place of native's."""
     kernels: Any = SimpleNamespace(**{name: getattr(native, name) for name in select.FUNCTIONS} | functions)
     with torch.device("meta"):
-        networks = Token2Wav(SMALL, kernels, dtype, tape)
+        networks = Token2Wav(SMALL, kernels, SpeechDtypes(dtype), tape)
     fill(networks, EAGER.state_dict())
     return networks
 

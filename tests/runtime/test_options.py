@@ -66,12 +66,12 @@ def test_every_option_reaches_its_field():
     loading += " --products pytorch"
     asking = "--mode a2t --max-new-tokens 3 --temperature 0.5 --top-p 0.8 --top-k 7 --repetition-penalty 1.2"
     asking += " --window-penalty 1.3 --window 4 --seed 5 --system short"
-    rest = "--token2wav-dtype float32 --nz --voice v --flow-steps 4 --flow-solver euler --ckpt x"
-    rest += " --sizes 9,8 --look-ahead 2 --past-s all --prompt-s 1.5"
+    rest = "--token2wav-dtype float32 --vocoder-dtype bfloat16 --nz --voice v --flow-steps 4 --flow-solver euler"
+    rest += " --ckpt x --sizes 9,8 --look-ahead 2 --past-s all --prompt-s 1.5"
     assert run(everything, *loading.split(), *asking.split(), *rest.split()) == 0
     assert got["options"] == LoadOptions(
         "cpu", "float16", "reference", "eager", check=False, max_context=9, graph="off", token2wav_dtype="float32",
-        nz=True, products="pytorch",
+        vocoder_dtype="bfloat16", nz=True, products="pytorch",
     )  # fmt: skip
     sampling = Sampling(0.5, 7, 0.8, 1.2, 1.3, 4)
     assert got["ask"] == Ask("a2t", sampling, max_new_tokens=3, seed=5, system="short")

@@ -83,6 +83,22 @@ def test_auto_follows_a_dtype_that_was_chosen(folder: Path, golden: Golden, devi
     assert CovoAudio.load(folder, device=device, dtype="float32", speech=False).report.token2wav_dtype == ""
 
 
+def test_a_vocoder_of_another_dtype(folder: Path, model: CovoAudio, golden: Golden, device: str) -> None:
+    """The products of its residual blocks, where this backend has that dtype, and nothing else."""
+    expected = golden("token2wav_60")
+    narrow = CovoAudio.load(folder, device=device, token2wav_dtype="float32", vocoder_dtype="bfloat16")
+    assert (narrow.report.token2wav_dtype, narrow.report.vocoder_dtype) == ("float32", "bfloat16")
+    waveform = narrow.token2wav(expected["tokens"].tolist(), expected["noise"])
+    held = narrow.kernels.conv_weight(torch.zeros(1, device=device), torch.bfloat16).dtype
+    found = {name: each.dtype for name, each in narrow.speech.named_parameters() if each.dtype != torch.float32}
+    if held == torch.float32:
+        assert not found
+        assert np.array_equal(waveform, model.token2wav(expected["tokens"].tolist(), expected["noise"]))
+    else:
+        assert set(found.values()) == {held} and all(".blocks." in name and ".conv" in name for name in found)
+        assert 25 < snr_db(waveform, expected["wav"]) < 80
+
+
 def test_a_start_does_not_wait_for_the_networks_of_speech(folder: Path, device: str) -> None:
     model = CovoAudio.load(folder, device=device, token2wav_dtype="bfloat16")
     assert {parameter.device.type for parameter in model.networks.token2wav.parameters()} == {"meta"}

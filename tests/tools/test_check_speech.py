@@ -55,11 +55,11 @@ def test_report(convert_tiny: Callable[[str], Path]) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     names = [finding["name"] for finding in report["findings"]]
-    assert names[1] == "bfloat16" and report["holds"]
-    assert names[5:] == ["fixed context", *(f"in blocks, {name}" for name in (*PLANS, "default, fixed context"))]
-    assert all("seams: energy" in finding["measured"] for finding in report["findings"][6:])
-    assert names[2:5] == [
+    assert names[1:3] == ["flow matching bfloat16", "vocoder bfloat16"] and report["holds"]
+    assert names[6:] == ["fixed context", *(f"in blocks, {name}" for name in (*PLANS, "default, fixed context"))]
+    assert all("seams: energy" in finding["measured"] for finding in report["findings"][7:])
+    assert names[3:6] == [
         "12 evaluations (6 midpoint steps)", "8 evaluations (4 midpoint steps)", "9 evaluations (9 euler steps)"
     ]  # fmt: skip
-    snr = [float(finding["measured"].split()[1]) for finding in report["findings"][:5]]
-    assert snr[0] > 80 > snr[1] > max(snr[2:])
+    snr = [float(finding["measured"].split()[1]) for finding in report["findings"][:6]]
+    assert snr[0] > 80 > snr[1] > max(snr[3:]) and snr[2] > 30

@@ -28,7 +28,7 @@ from covo_npu.runtime.context import NOTHING, Context
 from covo_npu.runtime.flow import SOLVERS, guided
 from covo_npu.runtime.networks.dit import Rows
 from covo_npu.runtime.options import LoadOptions
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import FLOAT32, SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice
 from covo_npu.tools.bench import measure
 from covo_npu.tools.bench.stock_token2wav import StockToken2Wav
@@ -105,16 +105,16 @@ class Paths:
         graph: str = "auto",
     ) -> None:
         self.device, self.config, self.evaluations, self.voice = device, networks.config, evaluations, voice
-        dtypes = {OURS: torch.float32}
+        dtypes = {OURS: FLOAT32}
         if fast_dtype(device) == torch.bfloat16:
-            dtypes[OURS_HALF] = torch.bfloat16
+            dtypes[OURS_HALF] = SpeechDtypes(torch.bfloat16, torch.bfloat16)
         self.networks = {
-            path: recast(networks, kernels, dtype, device_capture(graph, device)) for path, dtype in dtypes.items()
+            path: recast(networks, kernels, each, device_capture(graph, device)) for path, each in dtypes.items()
         }
         self.stock = StockToken2Wav(networks, voice)
 
     def turns(self, codes: int) -> dict[tuple[str, str], Callable[[], object]]:
-        """Return {(path, stage): one turn}. The vocoder has no bfloat16."""
+        """Return {(path, stage): one turn}."""
         generator = torch.Generator().manual_seed(codes)
         ids = torch.randint(self.config.dit.num_codes, (codes,), generator=generator).to(self.device)
         frames = self.frames(codes)
@@ -126,8 +126,8 @@ class Paths:
         for path, each in self.networks.items():
             found[path, FLOW] = partial(evaluate, each, self.voice, ids, noise, self.evaluations)
             found[f"{FIXED} {path.split()[-1]}", FLOW] = self._after_prompt(each, ids, noise)
+            found[path, VOCODER] = partial(each.vocoder, latents)
         found[STOCK, VOCODER] = partial(self.stock.vocoder, latents)
-        found[OURS, VOCODER] = partial(self.networks[OURS].vocoder, latents)
         return found
 
     def _after_prompt(self, networks: Token2Wav, ids: Tensor, noise: Tensor) -> Callable[[], object]:
@@ -260,7 +260,7 @@ def command(
         counted = networks.flow.evaluations if whole else evaluations // 2 * 2
         if stream:
             dtype = fast_dtype(device)
-            networks = recast(networks, kernels, dtype)
+            networks = recast(networks, kernels, SpeechDtypes(dtype))
             plans = {name: PLANS[name] for name in plan or PLANS}
             times = [row for count in codes for row in measured_plans(networks, voice, plans, count, counted, runs)]
             said = [

@@ -17,7 +17,7 @@ from covo_npu.kernels.device import GRAPHS, device_capture, fast_dtype, open_dev
 from covo_npu.kernels.select import select
 from covo_npu.runtime.checkpoint.format import TOKEN2WAV, read_manifest
 from covo_npu.runtime.decode import SMALLEST_BOUND
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import FLOAT32, SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice
 from covo_npu.tools.bench import measure
 from covo_npu.tools.check.made_up import with_checkpoint
@@ -82,7 +82,7 @@ def speech(subject: Subject) -> Iterator[Finding]:
         return
     kernels = select(subject.options.backend, device)
     networks, voice = load_token2wav(folder, kernels, device)
-    captured = recast(networks, kernels, torch.float32, device_capture("on", device))
+    captured = recast(networks, kernels, FLOAT32, device_capture("on", device))
     for num_codes in SPEECH_CODES:
         decibels = snr_db(solved(captured, voice, num_codes), solved(networks, voice, num_codes))
         bound = f"at least {THREADS_SNR_DB:.0f} dB"
@@ -90,7 +90,7 @@ def speech(subject: Subject) -> Iterator[Finding]:
         yield Finding(f"speech of {num_codes} codes", f"SNR {decibels:.0f} dB", bound, "float32 arithmetic", holds)
     times, dtype = [], fast_dtype(device)
     for capture in (device_capture("on", device), None):
-        work = partial(solved, recast(networks, kernels, dtype, capture), voice, SPEECH_CODES[0])
+        work = partial(solved, recast(networks, kernels, SpeechDtypes(dtype), capture), voice, SPEECH_CODES[0])
         work()
         times.append(measure.seconds(work, device))
     name = str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from covo_npu.kernels.select import select
 from covo_npu.runtime.flow import Flow
 from covo_npu.runtime.options import WHOLE, SpeechBlocks
 from covo_npu.runtime.speech import SpeechStream, given_noise
-from covo_npu.runtime.token2wav import Token2Wav
+from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.tools.check.result import Finding, Result, Subject, check
 from covo_npu.tools.check.seams import measure_seams, seams_at
 from covo_npu.tools.check.waveforms import Distance, distance
@@ -51,9 +51,12 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
     holds = spread.snr_db >= THREADS_SNR_DB
     bound = f"SNR at least {THREADS_SNR_DB:.0f} dB"
     findings = [Finding(f"float32, {threads} threads", str(spread), bound, "float32 arithmetic", holds)]
-    narrow = recast(networks, kernels, torch.bfloat16)
+    narrow = recast(networks, kernels, SpeechDtypes(flow=torch.bfloat16))
     half = speech(by=narrow)
-    findings.append(Finding("bfloat16", str(distance(half, expected)), "finite", "", bool(half.isfinite().all())))
+    vocoder = recast(networks, kernels, SpeechDtypes(vocoder=torch.bfloat16))
+    for name, found in {"flow matching": half, "vocoder": speech(by=vocoder)}.items():
+        finite = bool(found.isfinite().all())
+        findings.append(Finding(f"{name} bfloat16", str(distance(found, expected)), "finite", "", finite))
     for steps in sorted({max(1, usual.steps * 2 // 3), max(1, usual.steps // 2)} - {usual.steps}, reverse=True):
         findings.append(_evaluations(Flow(steps), distance(speech(Flow(steps)), expected)))
     euler = Flow(usual.steps, "euler")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf, log10
@@ -40,7 +40,7 @@ CODES = 25  # one second of speech
 FILES = ("manifest_xxh3_128", "files", "tensors", "tensor_parallel")  # what a manifest says of them
 Stages = dict[str, Tensor]
 
-# Relative error |a - b| / |b| (2-norms) that two correct implementations stay below, by the coarser of the two dtypes.
+# Relative error |a - b| / |b| (2-norms) that two correct implementations stay below, by the coarser of their dtypes.
 # Rounding is 6e-8 in float32, 5e-4 in float16, 4e-3 in bfloat16; a stage of some dozen layers gathers a few of them.
 BOUNDS = {
     "mel": {"float32": 1e-5},
@@ -49,12 +49,11 @@ BOUNDS = {
     "rows": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "logits": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
     "latents": {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2},
-    "waveform": {"float32": 1e-3},
+    "waveform": {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2},
 }
 SPEECH = ("latents", "waveform")
 OF_LLM = ("rows", "logits")
-ALWAYS_FLOAT32 = ("mel", "waveform")
-COARSENESS = ("float32", "float16", "bfloat16")
+COARSENESS = ("", "float32", "float16", "bfloat16")  # "": of speech that there is none of
 SOURCE = "rounding of {dtype}, gathered over the layers"
 
 
@@ -65,13 +64,19 @@ class Origin:
     device: str
     backend: str
     dtype: str
-    token2wav_dtype: str
+    token2wav_dtype: str  # "" without speech, as the next
+    vocoder_dtype: str
     torch: str
     covo_npu: str
     checkpoint: str  # checksum of what it was made of, and how
     source: str  # checksum of the manifest's notes on what it was made of
     weights: str  # of the LLM's products, as the manifest says
     audio: str  # checksum of the prepared samples
+
+    def dtype_of(self, stage: str) -> str:
+        """Return the dtype of a stage's products."""
+        others = {"mel": "float32", "latents": self.token2wav_dtype, "waveform": self.vocoder_dtype}
+        return others.get(stage, self.dtype)
 
 
 @torch.inference_mode()
@@ -135,9 +140,9 @@ def _logits(model: CovoAudio, features: Tensor, tokens: Tensor | None) -> Stages
 
 
 def compare(
-    found: Stages, expected: Stages, dtype: str, token2wav_dtype: str, formats: tuple[str, str] | None = None
+    found: Stages, expected: Stages, dtypes: Mapping[str, str], formats: tuple[str, str] | None = None
 ) -> list[Finding]:
-    """Return the findings of two runs. dtype, token2wav_dtype: the coarser ones of the two.
+    """Return the findings of two runs. dtypes: {stage: the coarser one of the two}.
 
     formats: those of the LLM's weights here and in the file if they are not the same. Then what rows and logits differ
     by is what the format costs: it is told, and bounded by nothing.
@@ -154,7 +159,7 @@ def compare(
         if a.shape != b.shape:
             findings.append(Finding(name, f"{list(a.shape)}", f"{list(b.shape)}, as in the file", "", False))
             continue
-        used = "float32" if name in ALWAYS_FLOAT32 else token2wav_dtype if name == "latents" else dtype
+        used = dtypes[name]
         error = float((a - b).norm() / b.norm().clamp(min=1e-30))
         source = f"{SOURCE.format(dtype=used)}; largest difference {float((a - b).abs().max()):.2e}"
         source += f", {_snr_db(error)}" if name == "waveform" else ""
@@ -167,6 +172,11 @@ def compare(
         same = found["logits"].argmax(-1) == expected["logits"].argmax(-1)
         findings.append(Finding("likeliest token", f"{int(same.sum())} of {len(same)} equal", "near ties may differ"))
     return findings
+
+
+def coarser(dtypes: Iterable[str]) -> str:
+    """Return the dtype that rounds most."""
+    return max(dtypes, key=COARSENESS.index)
 
 
 def by_layer(found: Tensor, expected: Tensor) -> Tensor:
@@ -202,7 +212,7 @@ def _percents(errors: Tensor) -> str:
 
 def save(path: Path, stages: Stages, origin: Origin) -> None:
     """Write a file of stages: safetensors, with its origin as metadata."""
-    save_file(stages, path, {"covo_check": "stages 3", **asdict(origin)})
+    save_file(stages, path, {"covo_check": "stages 4", **asdict(origin)})
 
 
 def load(path: Path) -> tuple[Stages, Origin]:
@@ -210,7 +220,7 @@ def load(path: Path) -> tuple[Stages, Origin]:
     try:
         with safe_open(path, "pt") as file:
             data = file.metadata() or {}
-            if data.pop("covo_check", "") != "stages 3":
+            if data.pop("covo_check", "") != "stages 4":
                 raise CheckError(f"{path}: not a file of `covo-check stages --save`")
             return {name: file.get_tensor(name) for name in file.keys()}, Origin(**data)  # noqa: SIM118 - not a dict
     except (SafetensorError, TypeError) as error:
@@ -239,26 +249,24 @@ def run(subject: Subject, save_to: Path | None = None, against: Path | None = No
     with CovoAudio.load(ckpt, subject.options, speech=speech, graph="off") as model:
         stages, report = compute(model, waveform, expected), model.report
     origin = Origin(
-        report.device, report.backend, report.dtype, report.token2wav_dtype, torch.__version__, version("covo-npu"),
-        digest, source, weights, sound,
+        report.device, report.backend, report.dtype, report.token2wav_dtype, report.vocoder_dtype,
+        torch.__version__, version("covo-npu"), digest, source, weights, sound,
     )  # fmt: skip
     findings = [
         Finding(f"{name} is finite", str(list(tensor.shape)), "no NaN, no infinity", "", _finite(tensor))
         for name, tensor in stages.items()
     ]
     if "exact" in stages:
-        dtype = max(origin.dtype, manifest.dtype, key=COARSENESS.index)
-        findings.append(rounding("layers, rounding here", stages, dtype))
+        findings.append(rounding("layers, rounding here", stages, coarser((origin.dtype, manifest.dtype))))
     title = f"{_with_what(origin)}; {label}"
     if other:
-        coarser = max(origin.dtype, other.dtype, key=COARSENESS.index)
-        by_coarseness = ("", *COARSENESS).index  # "": without speech
-        of_speech = max(origin.token2wav_dtype, other.token2wav_dtype, key=by_coarseness)
         wanted = {name: tensor for name, tensor in expected.items() if speech or name not in SPEECH}
-        findings += compare(stages, wanted, coarser, of_speech, formats)
+        dtypes = {stage: coarser(one.dtype_of(stage) for one in (origin, other)) for stage in BOUNDS}
+        findings += compare(stages, wanted, dtypes, formats)
         if formats and "exact" in stages and "exact" in expected:
             _require_same("shape of rows", _shapes(stages), _shapes(expected), "save it again")
-            findings += [cost(stages, expected, formats), rounding("layers, rounding in the file", expected, coarser)]
+            dtype = coarser((origin.dtype, other.dtype))
+            findings += [cost(stages, expected, formats), rounding("layers, rounding in the file", expected, dtype)]
         title += f"; against {_with_what(other)}"
     if save_to:
         save(save_to, stages, origin)
@@ -291,8 +299,9 @@ def manifest_digest(folder: Path) -> str:
 
 
 def _with_what(origin: Origin) -> str:
-    dtypes = f"{origin.dtype}, speech {origin.token2wav_dtype}" if origin.token2wav_dtype else origin.dtype
-    dtypes += f", weights {origin.weights}"
+    dtypes = f"{origin.dtype}, weights {origin.weights}"
+    if origin.token2wav_dtype:
+        dtypes += f", flow matching {origin.token2wav_dtype}, vocoder {origin.vocoder_dtype}"
     return f"{origin.device}, {origin.backend}, {dtypes}, torch {origin.torch}"
 
 
