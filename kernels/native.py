@@ -185,7 +185,18 @@ def masked_decode_attention(
 
 
 def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(product_dtype(dtype, weight.device))
+    """On the CPU bfloat16 lies as conv1d wants it."""
+    weight = weight.to(product_dtype(dtype, weight.device))
+    return _channels_innermost(weight) if weight.dim() == 3 and _with_channels_innermost(weight) else weight
+
+
+def _with_channels_innermost(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    """Return x, [B, C, L], with its channels side by side in memory; itself if they are."""
+    return x[:, :, None].contiguous(memory_format=torch.channels_last)[:, :, 0]
 
 
 def _grouped_attention(
@@ -214,9 +225,9 @@ def conv1d(
     """On the CPU bfloat16 with the channels innermost, as oneDNN wants it: up to four times as fast."""
     wide = product_dtype(weight.dtype, x.device)
     inputs, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    if x.device.type != "cpu" or wide != torch.bfloat16:
+    if not _with_channels_innermost(weight):
         return F.conv1d(inputs, weight, bias, stride, padding, dilation, groups).to(x.dtype)
-    inputs, weight = (t[:, :, None].contiguous(memory_format=torch.channels_last) for t in (inputs, weight))
+    inputs, weight = (_channels_innermost(t)[:, :, None] for t in (inputs, weight))
     out = F.conv2d(inputs, weight, bias, (1, stride), (0, padding), (1, dilation), groups)
     return out[:, :, 0].to(x.dtype)
 

@@ -195,9 +195,10 @@ class ResidualLayer(nn.Module):
 
 
 def _side_by_side(convolutions: Sequence[StreamConv1d], x: Tensor, stream: Stream) -> Tensor:
-    """Return the convolution of each block's channels. x: [B, blocks * C, N]."""
-    parts = x.chunk(len(convolutions), dim=1)
-    return torch.cat([conv.step(part, stream) for conv, part in zip(convolutions, parts, strict=True)], dim=1)
+    """Return the convolution of each block's channels, in x's dtype. x: [B, blocks * C, N]."""
+    parts = x.to(convolutions[0].weight.dtype).chunk(len(convolutions), dim=1)
+    y = torch.cat([conv.step(part, stream) for conv, part in zip(convolutions, parts, strict=True)], dim=1)
+    return y.to(x.dtype)
 
 
 class Stage(nn.Module):
