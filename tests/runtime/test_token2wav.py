@@ -83,13 +83,14 @@ def test_auto_follows_a_dtype_that_was_chosen(folder: Path, golden: Golden, devi
     assert CovoAudio.load(folder, device=device, dtype="float32", speech=False).report.token2wav_dtype == ""
 
 
-def test_a_vocoder_of_another_dtype(folder: Path, model: CovoAudio, golden: Golden, device: str) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_vocoder_of_another_dtype(folder: Path, model: CovoAudio, golden: Golden, device: str, dtype: str) -> None:
     """The products of its residual blocks, where this backend has that dtype, and nothing else."""
     expected = golden("token2wav_60")
-    narrow = CovoAudio.load(folder, device=device, token2wav_dtype="float32", vocoder_dtype="bfloat16")
-    assert (narrow.report.token2wav_dtype, narrow.report.vocoder_dtype) == ("float32", "bfloat16")
+    narrow = CovoAudio.load(folder, device=device, token2wav_dtype="float32", vocoder_dtype=dtype)
+    assert (narrow.report.token2wav_dtype, narrow.report.vocoder_dtype) == ("float32", dtype)
     waveform = narrow.token2wav(expected["tokens"].tolist(), expected["noise"])
-    held = narrow.kernels.conv_weight(torch.zeros(1, device=device), torch.bfloat16).dtype
+    held = narrow.kernels.conv_weight(torch.zeros(1, device=device), getattr(torch, dtype)).dtype
     found = {name: each.dtype for name, each in narrow.speech.named_parameters() if each.dtype != torch.float32}
     if held == torch.float32:
         assert not found

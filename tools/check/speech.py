@@ -53,10 +53,14 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
     findings = [Finding(f"float32, {threads} threads", str(spread), bound, "float32 arithmetic", holds)]
     narrow = recast(networks, kernels, SpeechDtypes(flow=torch.bfloat16))
     half = speech(by=narrow)
-    vocoder = recast(networks, kernels, SpeechDtypes(vocoder=torch.bfloat16))
-    for name, found in {"flow matching": half, "vocoder": speech(by=vocoder)}.items():
-        finite = bool(found.isfinite().all())
-        findings.append(Finding(f"{name} bfloat16", str(distance(found, expected)), "finite", "", finite))
+    findings.append(_rounded("flow matching bfloat16", half, expected))
+    for dtype in (torch.bfloat16, torch.float16):
+        name = f"vocoder {str(dtype).removeprefix('torch.')}"
+        if kernels.conv_weight(expected.new_zeros(1, device=device), dtype).dtype != dtype:
+            findings.append(Finding(name, "computed in float32 here"))
+            continue
+        found = speech(by=recast(networks, kernels, SpeechDtypes(vocoder=dtype)))
+        findings.append(_rounded(name, found, expected))
     for steps in sorted({max(1, usual.steps * 2 // 3), max(1, usual.steps // 2)} - {usual.steps}, reverse=True):
         findings.append(_evaluations(Flow(steps), distance(speech(Flow(steps)), expected)))
     euler = Flow(usual.steps, "euler")
@@ -77,6 +81,10 @@ def examine(subject: Subject, num_codes: int = NUM_CODES, stream: bool = False) 
         f"{torch.get_num_threads()} threads"
     )
     return Result("speech", title, tuple(findings))
+
+
+def _rounded(name: str, found: Tensor, expected: Tensor) -> Finding:
+    return Finding(name, str(distance(found, expected)), "finite", "", bool(found.isfinite().all()))
 
 
 def _evaluations(flow: Flow, found: Distance) -> Finding:
