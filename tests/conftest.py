@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the runtime's tests: cpu, cuda:0, npu:0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow ones first: of processes that test side by side none then works at the end while others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def threads_put_back() -> Iterator[None]:
     """A test that changes how many threads PyTorch has, by --threads for one, changes them for itself alone: with

@@ -18,18 +18,29 @@ step() {
   if "${@:2}"; then ran+=("$1"); else failed+=("$1"); fi
 }
 
-# c_tests NAME COMPILER [RUNNER...]: tests/kernels/isa.c with all kernels, built and run
+# compiled PROGRAM COMPILER FLAG... -- SOURCE...: the sources and all kernels, compiled side by side and linked
+compiled() {
+  local program=$build/$1 compiler=$2 flags=() jobs=()
+  shift 2
+  while [ "$1" != -- ]; do flags+=("$1"); shift; done
+  rm -rf "$program.o" && mkdir "$program.o"
+  for source in "${@:2}" kernels/cpu/csrc/*.c; do
+    "$compiler" -std=gnu11 -O3 -Ikernels/cpu/csrc "${flags[@]}" -c -o "$program.o/$(basename "$source" .c).o" "$source" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job" || return 1; done
+  "$compiler" "${flags[@]}" -o "$program" "$program.o"/*.o -lm -lpthread
+}
+
+# c_tests PROGRAM COMPILER: tests/kernels/isa.c with all kernels, built and run
 c_tests() {
-  local name=$1 compiler=$2 program=$build/isa-${1//[^a-z0-9]/-}
-  "$compiler" -std=gnu11 -O3 ${STATIC:-} -Ikernels/cpu/csrc -o "$program" tests/kernels/isa.c kernels/cpu/csrc/*.c \
-    -lm -lpthread && "${@:3}" "$program"
+  compiled "$1" "$2" -fPIC -- tests/kernels/isa.c && "$build/$1"
 }
 
 # tile_tests: the tests of products and attention with AMX's instructions emulated, on a processor that has the others
 tile_tests() {
-  gcc -std=gnu11 -O3 -fPIC -shared -include tests/kernels/tiles.h -o "$build/libcovo-tiles.so" kernels/cpu/csrc/*.c \
-    -lm -lpthread && PYTHONPATH=tests "$bin/pytest" -q -p kernels.emulated -k amx \
-    tests/kernels/test_cpu_products.py tests/kernels/test_cpu_attention.py
+  compiled libcovo-tiles.so gcc -fPIC -shared -include tests/kernels/tiles.h -- && PYTHONPATH=tests "$bin/pytest" -q \
+    -p kernels.emulated -k amx tests/kernels/test_cpu_products.py tests/kernels/test_cpu_attention.py
 }
 
 # numeric NAME [VARIABLE=VALUE...]: the numeric tests in that environment
@@ -39,7 +50,7 @@ numeric() {
 
 run_c() {
   for compiler in gcc clang; do
-    if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "here $compiler" "$compiler"
+    if command -v "$compiler" >/dev/null; then step "C tests, $compiler" c_tests "isa-$compiler" "$compiler"
     else missed+=("C tests, $compiler: not installed"); fi
   done
 
@@ -50,9 +61,9 @@ run_c() {
   # Arm's kernels in an emulator, on a processor with products of bfloat16 and on one without
   if [ "$(uname -m)" = aarch64 ]; then missed+=("C tests in an emulator: this is an Arm processor")
   elif command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then
+    step "C tests, aarch64, compiled" compiled isa-arm aarch64-linux-gnu-gcc -static -- tests/kernels/isa.c
     for processor in max cortex-a57; do
-      STATIC=-static step "C tests, aarch64 $processor, emulated" \
-        c_tests "arm $processor" aarch64-linux-gnu-gcc qemu-aarch64 -cpu "$processor"
+      step "C tests, aarch64 $processor, emulated" qemu-aarch64 -cpu "$processor" "$build/isa-arm"
     done
   else missed+=("C tests, aarch64: apt-get install gcc-aarch64-linux-gnu qemu-user"); fi
 }

@@ -135,6 +135,7 @@ def test_covo_serve_imports_neither_torch_nor_a_web_framework_at_start():
     assert in_subprocess(program) == []
 
 
+@pytest.mark.slow
 def test_what_the_runtime_imports_is_left_out_of_the_search_for_garbage():
     counted = "from covo_npu.runtime import CovoAudio\nprint(gc.isenabled(), gc.get_freeze_count() > 100_000)"
     assert in_subprocess(f"import gc\n{counted}") == ["True", "True"]
@@ -170,6 +171,7 @@ def wheel(folder, **environment):
     return found
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_module_and_data_file_and_the_library(tmp_path):
     built = wheel(tmp_path)
     with zipfile.ZipFile(built) as archive:

@@ -58,6 +58,7 @@ def killed(source: Path, folder: Path, *options: str | Path) -> dict:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "points", "none", "then_new"),
     # What random times meet depends on the machine; the steps are the same everywhere and meet every state.
@@ -74,6 +75,7 @@ def test_kill_9_at_any_moment_leaves_all_or_nothing(
     assert states["none"] >= none and states["then new"] >= then_new, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renames", [[], ["--two-renames"]], ids=["exchange", "two renames"])
 def test_kill_9_under_force_leaves_the_old_one_or_the_new_one(
     renames: list[str], changed_source: Path, tmp_path: Path, older: Path

@@ -22,6 +22,7 @@ SECONDS = {
 FEWEST_CASES = 8  # also where that takes longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SECONDS)
 def test_files_from_outside_are_used_or_refused(target, tiny_source, convert_tiny, tmp_path):
     command = [sys.executable, FUZZ, target, "--source", tiny_source, "--ckpt", convert_tiny("float32")]

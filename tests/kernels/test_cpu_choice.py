@@ -161,6 +161,7 @@ def test_without_the_library_native_serves_and_says_why(content: bytes | None, t
     assert f"the backend native serves: {reason}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_c_tests_pass_here(tmp_path: Path) -> None:
     """The same cases in C alone, as they run for other processors in an emulator: make test-isa."""
     compiler = os.environ.get("CC") or shutil.which("cc")

@@ -104,7 +104,8 @@ def test_a_dialogue_is_upstreams_token_for_token_without_heavy_imports(covo_run,
         assert one["wav"] in done.stdout
         assert all(value > 0 for value in one["timing"].values())
     assert re.search(
-        r"covo-run [\d.]+: cpu, backend cpu \(.*\), float32, flow matching \w+; ready in [\d.]+ s \([\d.]+ GB",
+        r"covo-run [\d.]+: cpu, backend cpu \(.*\), float32, flow matching \w+, vocoder float32; "
+        r"ready in [\d.]+ s \([\d.]+ GB",
         done.stdout,
     )
 

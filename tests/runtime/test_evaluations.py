@@ -112,6 +112,7 @@ OTHER = Voice(VOICE.prompt_codes[:3], VOICE.prompt_latents[:13], -VOICE.speaker_
 REPLIES = [(VOICE, SpeechBlocks(), 1), (OTHER, SpeechBlocks(past_s=1), 2), (VOICE, WHOLE, 3), (OTHER, WHOLE, 4)] * 2
 
 
+@pytest.mark.slow
 def test_replies_in_threads_share_the_graphs() -> None:
     """Whole and in blocks, with two voices: evaluations of several replies take turns in one graph."""
     tape = Tape()

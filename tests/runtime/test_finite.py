@@ -147,6 +147,7 @@ def test_a_cast_that_overflows_is_refused_with_its_count(convert_tiny, monkeypat
         CovoAudio.load(convert_tiny("float32"), device="cpu", dtype="float16")
 
 
+@pytest.mark.slow
 def test_four_dialogues_of_one_model_in_four_threads(convert_tiny, device):
     """In bfloat16: the tokens of each are those that it gets alone, and no switch of the process is left behind."""
     model = CovoAudio.load(convert_tiny("bfloat16"), device=device, dtype="bfloat16", max_context=900)

@@ -204,6 +204,7 @@ def odd_ranks(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ODD.parents[1]))
 
 
+@pytest.mark.slow
 def test_captured_steps_hold_their_collectives(
     no_ranks: None, two_ranks: Path, golden: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +233,7 @@ def test_ranks_capture_steps_together_or_not_at_all(
     assert reply.tokens == expected["r0_tokens"].tolist() and not tape.captures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(), ("--weights", "int8+head")], ids=["float32", "int8+head"])
 def test_four_ranks_answer_as_one_does(
     no_ranks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[str, ...]
@@ -250,6 +252,7 @@ def test_four_ranks_answer_as_one_does(
     assert (one - four).abs().max() <= 1e-4 * one.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "says"),
     [

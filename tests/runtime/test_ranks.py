@@ -66,6 +66,7 @@ def ended(process: subprocess.Popen[str], *others: int) -> tuple[int, str]:
     return code, process.stderr.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "says"),
     [
@@ -88,6 +89,7 @@ def test_a_follower_that_is_killed_or_stopped_ends_all(
     assert code == 1 and err.partition(": ")[2] == says  # after the program's name
 
 
+@pytest.mark.slow
 def test_a_follower_leaves_what_asks_for_an_end_to_rank_0(waiting: tuple[subprocess.Popen[str], int]) -> None:
     """As from a terminal or a service manager, which signals all processes at once."""
     process, rank1 = waiting

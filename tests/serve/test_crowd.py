@@ -7,6 +7,7 @@ import os
 import threading
 import time
 
+import pytest
 from serve.crowd import EXPECTED, crowd
 from serve.harness import ENGLISH, MODEL, serving, spoken
 
@@ -25,6 +26,7 @@ def left() -> tuple[int, int]:
     return kept, len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_clients_that_leave_take_nothing_with_them(model: CovoAudio) -> None:
     others = set(threading.enumerate())  # of a server that all tests share
     with serving(model, slots=3, queue=9, sessions=20, parked_bytes=4 << 20) as running:

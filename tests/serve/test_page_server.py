@@ -99,6 +99,7 @@ def test_press_talk_hear_twice(model: CovoAudio, chromium: Browser) -> None:
         assert left(server)
 
 
+@pytest.mark.slow
 def test_the_model_remembers_what_was_heard_before_a_press(model: CovoAudio, chromium: Browser) -> None:
     with serving(model, ask=LONG) as server, opened(chromium, f"{server.url}/") as talker:
         talker.upload(ENGLISH)

@@ -96,6 +96,7 @@ def test_dialogues_side_by_side_are_those_of_one_rank(
     assert [found.result() for found in asked] == expected and expected[0] != expected[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "why"),
     [(signal.SIGKILL, "has ended (signal 9)"), (signal.SIGSTOP, "gives no sign of life")],
@@ -146,6 +147,7 @@ def test_a_signal_to_all_processes_lets_replies_end(
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_as_well(two_ranks: Path) -> None:
     """Only rank 0 listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:

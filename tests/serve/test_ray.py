@@ -37,6 +37,8 @@ from covo_npu.serve import ray as replicas
 from covo_npu.serve.ray import APP, SESSION_HEADER, Replica, app, needs
 from covo_npu.serve.worker import FAILED
 
+pytestmark = pytest.mark.slow
+
 KEY = "key-1"
 SPEECH: dict[str, Any] = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 # The tiny model repeats itself here until it is stopped.

@@ -142,6 +142,7 @@ def test_a_row_counts_whole_replies_alone() -> None:
     assert "x: 1 questions refused, 1 lost" in serve.verdicts([], [row])
 
 
+@pytest.mark.slow
 def test_bench(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     rows = ["--dialogues", "1", "--dialogues", "2", "--rate", "20", "--questions", "3", "--max-new-tokens", "30"]

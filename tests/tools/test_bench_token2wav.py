@@ -40,6 +40,7 @@ def test_operations_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluation_flops(SMALL.dit, frames) - attention == pytest.approx(products, rel=0.02)
 
 
+@pytest.mark.slow
 def test_bench(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [Path(sys.executable).with_name("covo-bench"), "token2wav", "--ckpt", convert_tiny("float32")]

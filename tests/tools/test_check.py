@@ -593,6 +593,7 @@ def quick_parts(monkeypatch):
     monkeypatch.setattr(check_all, "WITHOUT_CKPT", ("doctor",))
 
 
+@pytest.mark.slow
 def test_all_is_all_of_them_and_makes_a_report_whatever_fails(convert_tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = shutil.copytree(convert_tiny("float32"), tmp_path / "ckpt")
