@@ -96,6 +96,7 @@ class _Round:
     text: TextStream
     features: list[Tensor] = field(default_factory=list)
     unfilled: deque[Tensor] = field(default_factory=deque)  # embeddings of the prompt that the cache lacks
+    opened: bool = False  # its slot holds the rows of the rounds before
     prefix: int = 0  # ids of the shared prefix that are still to be computed
     filled: int = 0  # rows of its slot
     tokens: list[int] = field(default_factory=list)
@@ -316,7 +317,8 @@ class Engine:
     def _prepare(self, round_: _Round) -> None:
         """Do the next piece of work before the first token: a pass of the encoder, or a piece of the prompt."""
         if round_.unheard:
-            round_.features.append(self.model.encode(round_.unheard.popleft()))
+            round_.features.append(self.model.encode(round_.unheard[0]))
+            round_.unheard.popleft()
             if not round_.unheard:
                 self._open(round_)
         elif len(round_.unfilled) > 1:
@@ -334,6 +336,7 @@ class Engine:
             dialogue.length,
         )  # fmt: skip
         self._take_slot(dialogue, slot)
+        round_.opened = True
         features = torch.cat(round_.features)[: round_.placeholders]
         embeddings = model.networks.llm.embed(torch.tensor(round_.input_ids, device=model.device))
         first = round_.input_ids.index(model.tokenizer.special["cAUDIO"])
@@ -383,25 +386,26 @@ class Engine:
         held = next((other for other, resident in self._residents.items() if resident is dialogue), None)
         if held != slot:
             self._vacate(slot)
+            if held is not None:
+                self._decoder.copy(held, slot, dialogue.length)
+            elif dialogue.rows is not None:
+                self._decoder.restore(slot, dialogue.rows)
         if held is not None:
             del self._residents[held]
-            if held != slot:
-                self._decoder.copy(held, slot, dialogue.length)
-        elif dialogue.rows is not None:
-            self._decoder.restore(slot, dialogue.rows)
         dialogue.rows = None
 
     def _slot_of(self, dialogue: Dialogue) -> int | None:
         """Return the slot that holds the rows of a dialogue, None if they are parked."""
         held = self._residents | {slot: round_.dialogue for slot, round_ in enumerate(self._decoding)}
-        if self._preparing is not None and not self._preparing.unheard:
+        if self._preparing is not None and self._preparing.opened:
             held[self.num_slots - 1] = self._preparing.dialogue
         return next((slot for slot, holder in held.items() if holder is dialogue), None)
 
     def _vacate(self, slot: int) -> None:
         """Park the rows that a slot holds of a dialogue between two questions."""
-        if dialogue := self._residents.pop(slot, None):
+        if dialogue := self._residents.get(slot):
             dialogue.rows = self._decoder.park(slot, dialogue.length)
+            del self._residents[slot]
 
     def _leave(self, round_: _Round) -> None:
         """Let a round give its slot back; the last slot's round takes its place, so that there is no gap."""
@@ -577,7 +581,7 @@ class Engine:
             self._waiting.remove(round_)
         elif round_ is self._preparing:
             self._preparing = None
-            if not round_.unheard:  # the rows of the rounds before are in its slot
+            if round_.opened:
                 self._residents[self.num_slots - 1] = dialogue
         elif round_ in self._decoding:
             if keep:

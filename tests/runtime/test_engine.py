@@ -649,3 +649,27 @@ def test_impossible_asks_are_refused(fields: dict[str, Any], message: str) -> No
         Ask(**fields)
     with pytest.raises(ValueError, match="num_slots must be at least 1"):
         Engine(None, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fault", ["encode", "copy", "park"])
+def test_what_fails_before_the_first_token_leaves_every_dialogue_its_rows(
+    model: CovoAudio, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A device without memory left while it hears a question, or while rows change their place."""
+
+    def replies(fails: bool) -> list[list[int]]:
+        engine = Engine(model, 2 if fault == "copy" else 1)
+        ask = Ask("a2t", max_new_tokens=6)
+        first, second = Session(model, ask, engine=engine), Session(model, ask, engine=engine)
+        first.say(ENGLISH)
+        second.say(CHINESE)
+        # The rows of the second one are in slot 0, those of the first one are parked.
+        asked, other = (second, first) if fault == "copy" else (first, second)
+        if fails:
+            with monkeypatch.context() as once:
+                once.setattr(model if fault == "encode" else engine._decoder, fault, lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    asked.say(CHINESE)
+        return [asked.say(ENGLISH).tokens, other.say(ENGLISH).tokens]
+
+    assert replies(fails=True) == replies(fails=False)
