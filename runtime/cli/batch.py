@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ def settings_of(model: CovoAudio, ask: Ask) -> dict[str, Any]:
     return json.loads(json.dumps(settings))  # as they are read again
 
 
-def answers(engine: Engine, items: Iterable[Item], ask: Ask) -> Iterator[Answer]:
+def answers(engine: Engine, items: Iterable[Item], ask: Ask) -> Generator[Answer, None, None]:
     """Yield the answer of each dialogue when it is complete. A dialogue is taken when a slot is free for it."""
     from covo_npu.runtime.engine import Dialogue
     from covo_npu.runtime.events import Done, Failed
@@ -225,26 +225,32 @@ def answers(engine: Engine, items: Iterable[Item], ask: Ask) -> Iterator[Answer]
             answer.error = error
         return answer.error is None
 
-    while True:
-        while engine.free_slots and engine.speaking < engine.num_slots and (item := next(waiting, None)) is not None:
-            if not continued(dialogue := Dialogue(), answer := Answer(item)):
-                yield answer
-        if not active:
-            return
-        for event in engine.step():
-            if not isinstance(event, Done | Failed):
+    try:
+        while True:
+            free = engine.free_slots and engine.speaking < engine.num_slots
+            if free and (item := next(waiting, None)) is not None:
+                if not continued(dialogue := Dialogue(), answer := Answer(item)):
+                    yield answer
                 continue
-            dialogue, answer = active.pop(event.ticket)
-            if isinstance(event, Done):
-                answer.replies.append(event.reply)
-                answer.warnings += event.reply.warnings
-            elif isinstance(event.error, CovoError):
-                answer.error = event.error
-            else:
-                raise event.error
-            if not continued(dialogue, answer):
-                engine.forget(dialogue)
-                yield answer
+            if not active:
+                return
+            for event in engine.step():
+                if not isinstance(event, Done | Failed):
+                    continue
+                dialogue, answer = active.pop(event.ticket)
+                if isinstance(event, Done):
+                    answer.replies.append(event.reply)
+                    answer.warnings += event.reply.warnings
+                elif isinstance(event.error, CovoError):
+                    answer.error = event.error
+                else:
+                    raise event.error
+                if not continued(dialogue, answer):
+                    engine.forget(dialogue)
+                    yield answer
+    finally:  # an interruption leaves nothing that is still spoken
+        for ticket in active:
+            engine.cancel(ticket)
 
 
 def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callable[[Answer], None]) -> Totals:
@@ -260,14 +266,15 @@ def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callabl
         rounds = tokens = failed = 0
         waiting = [item for item in items if item.id not in done]
         started = time.perf_counter()
-        for answer in answers(engine, waiting, ask):
-            file.write(_line(result(answer, folder)))
-            file.flush()
-            output.sync(file.fileno())
-            rounds += len(answer.replies)
-            tokens += sum(len(reply.tokens) for reply in answer.replies)
-            failed += answer.error is not None or bool(answer.faults)
-            on_answer(answer)
+        with contextlib.closing(answers(engine, waiting, ask)) as answered:
+            for answer in answered:
+                file.write(_line(result(answer, folder)))
+                file.flush()
+                output.sync(file.fileno())
+                rounds += len(answer.replies)
+                tokens += sum(len(reply.tokens) for reply in answer.replies)
+                failed += answer.error is not None or bool(answer.faults)
+                on_answer(answer)
         seconds = time.perf_counter() - started
     load = engine.load
     return Totals(

@@ -91,6 +91,24 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert run(model, batch, tmp_path / "out").dialogues == 0
 
 
+def test_an_interruption_leaves_nothing_that_is_still_spoken(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
+    """Or the process would speak all that was begun before it ends, and throw it away."""
+    engine, steps = Engine(model, 2), 0
+    step = engine.step
+
+    def interrupted() -> object:
+        nonlocal steps
+        steps += bool(engine.speaking)
+        if steps == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    engine.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        batch_cli.run(engine, Ask(max_new_tokens=48), batch, tmp_path / "out", lambda answer: None)
+    assert engine.speaking == 0 and engine.free_slots == engine.num_slots
+
+
 def test_speech_is_written_under_names_of_any_id(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
     batch.write_text(json.dumps({"id": "../a b", "audio": ENGLISH.name}) + "\n")
     folder = tmp_path / "out"
