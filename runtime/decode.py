@@ -20,6 +20,7 @@ from covo_npu.runtime.sampling import Sampler
 log = logging.getLogger(__name__)
 
 NOT_FINITE = -1  # is read in place of an id whose logits hold NaN or infinity
+MOST_REPLAYS = 256  # captured steps that are kept: 7 bounds of 8 numbers of slots, and a few ways to sample
 SMALLEST_BOUND = 512  # cache rows that a captured step attends to at least; doubled until the longest sequence fits
 
 
@@ -61,7 +62,7 @@ class Decoder:
         self._positions = torch.zeros_like(self._ids)  # where the ids will be written
         self._capture = capture
         self.logits: Tensor
-        self._replays: dict[Hashable, Work] = {}
+        self._replays: dict[Hashable, Work] = {}  # in the order of their last use
         self._measured: set[int] = set()  # bounds whose masks have been measured
 
     def fill(self, slot: int, embeddings: Tensor, start: int) -> Tensor:
@@ -185,14 +186,17 @@ class Decoder:
             self._advance(slots, logits)
 
         kind = (num_slots, bound, self.sampler.form(slots))
-        if kind not in self._replays:
+        if (replay := self._replays.pop(kind, None)) is None:
             # The warm-up run is a step: what it changes is put back, and the cache row it writes is written again.
             state = (self._ids, self._positions, *self.sampler.state)
             before = [tensor.clone() for tensor in state]
-            self._replays[kind] = capture(work)
+            replay = capture(work)
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-        self._replays[kind]()
+        self._replays[kind] = replay
+        if len(self._replays) > MOST_REPLAYS:  # what clients choose decides how many kinds there are
+            del self._replays[next(iter(self._replays))]
+        replay()
 
 
 def step_bound(longest: int, max_length: int) -> int:

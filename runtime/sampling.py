@@ -88,8 +88,9 @@ class Sampler:
         """Return what the operators of `next` depend on besides tensors: sizes, and which branches are taken."""
         rows = self._rows[slots]
         windows = {row.window for row in rows}
-        candidates = max((num_candidates(row, self.vocab_size) for row in rows if row.temperature), default=0)
-        return max(windows), len(windows) > 1, candidates, all(row.temperature for row in rows), self._widened
+        sampled = [row for row in rows if row.temperature]
+        candidates = self._looked_at(sampled) if sampled else 0
+        return max(windows), len(windows) > 1, candidates, len(sampled) == len(rows), self._widened
 
     def begin(self, slot: int, input_ids: Tensor, seed: int, sampling: Sampling) -> None:
         """Start a round in a slot. input_ids: [S] int64 on the device, its prompt; the window starts with their end."""
@@ -151,23 +152,26 @@ class Sampler:
         self._generators[target] = self._generators[source]
 
     def _make_room(self, window: int, noise: int) -> None:
-        """Widen what is too narrow for a round. No captured step uses what is replaced any more: see `form`."""
+        """Widen what is too narrow for a round, to a power of two. No captured step uses the old one: see `form`."""
         self._widened += window > self._recent.shape[1] or noise > self._noise.shape[1]
-        if missing := max(0, window - self._recent.shape[1]):
+        if missing := max(0, _rounded_up(window) - self._recent.shape[1]):
             first = self._recent[:, :1] if self._recent.shape[1] else self._recent.new_zeros(len(self._rows), 1)
             self._recent = torch.cat((first.expand(-1, missing), self._recent), dim=1)
             padding = self._outside.new_ones(len(self._rows), missing)
             self._outside = torch.cat((padding, self._outside), dim=1)
-        if missing := max(0, noise - self._noise.shape[1]):
+        if missing := max(0, _rounded_up(noise) - self._noise.shape[1]):
             self._noise = torch.cat((self._noise, self._noise.new_ones(len(self._rows), missing)), dim=1)
+
+    def _looked_at(self, rows: Sequence[Sampling]) -> int:
+        """Return among how many candidates a step chooses for sampled rows: a power of two, so that few graphs do."""
+        return min(_rounded_up(max(num_candidates(row, self.vocab_size) for row in rows)), self.vocab_size)
 
     def _drawn(self, scores: Tensor, slots: slice) -> Tensor:
         """Return ids [B] drawn from the filtered scores; of a greedy row, any.
 
         argmax(p / Exp(1)) is a draw from p: the exponential race. Source: Gumbel-max trick, arXiv 1110.0214.
         """
-        rows = [row for row in self._rows[slots] if row.temperature]
-        count = max(num_candidates(row, self.vocab_size) for row in rows)
+        count = self._looked_at([row for row in self._rows[slots] if row.temperature])
         kept, candidates = filtered(scores, self._settings[slots], count)
         place, width = self._place[slots], self._width[slots]
         # Columns beyond a row's own candidates have probability 0, whatever noise they meet.
@@ -188,6 +192,11 @@ def penalised(logits: Tensor, seen: Tensor, recent: Tensor, settings: Settings) 
     if recent.shape[1]:
         scores = scores.scatter(1, recent, _penalty(scores.gather(1, recent), settings.window_penalty))
     return scores
+
+
+def _rounded_up(count: int) -> int:
+    """Return the next power of two; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def num_candidates(sampling: Sampling, vocab_size: int) -> int:

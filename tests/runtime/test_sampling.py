@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from covo_npu.runtime import sampling
 from covo_npu.runtime.options import Sampling
 from covo_npu.runtime.sampling import Sampler, Settings, filtered, num_candidates, penalised
 
@@ -222,3 +223,34 @@ def test_prompts_shorter_and_longer_than_the_window(prompt: list[int]) -> None:
 def test_impossible_settings_are_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+def test_whatever_is_chosen_there_are_few_forms() -> None:
+    """A captured step is made for each: a client's choice of numbers may not decide how many there are."""
+    sampler, prompt, forms = Sampler(2, 5000, CPU), torch.arange(20), set()
+    for top_k in range(1, 400):
+        sampler.begin(0, prompt, 0, Sampling(temperature=1.0, top_k=top_k))
+        forms.add(sampler.form(slice(0, 1)))
+    assert len(forms) <= 2 * 4  # 128, 256 and 512 candidates, and noise that became wider
+    before = sampler.form(slice(0, 1))
+    for window in range(1, 400):
+        sampler.begin(1, prompt, 0, Sampling(window=window, window_penalty=1.1))
+    assert before[-1] + 10 >= sampler.form(slice(0, 1))[-1]  # so often were all captured steps made useless
+
+
+@pytest.mark.parametrize("top_k", [1, 60, 70, 200, 900])
+def test_more_candidates_than_needed_change_nothing(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(3, 1, 1000)
+
+    def drawn() -> list[int]:
+        sampler = Sampler(1, 1000, CPU)
+        sampler.begin(0, torch.arange(20), 7, Sampling(temperature=0.7, top_k=top_k, top_p=0.95))
+        ids = []
+        for _ in range(40):
+            sampler.prepare(slice(0, 1))
+            ids.append(int(sampler.next(logits, slice(0, 1))))
+        return ids
+
+    found = drawn()
+    monkeypatch.setattr(sampling, "_rounded_up", lambda count: count)
+    assert found == drawn()
