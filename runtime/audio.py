@@ -41,6 +41,7 @@ N_FFT = 400  # samples at 16 kHz, 25 ms
 HOP = 160  # samples at 16 kHz, 10 ms: mel frames come at 100 Hz
 
 DECODE_SAMPLES = 1 << 14  # at a time, of all channels; of a damaged file the last of these are lost
+MOST_RATES = 4  # of the recordings in one file: the resampling table of an odd one takes a second to make
 MAX_PIPED_BYTES = 1 << 29  # half an hour of two channels at 48 kHz in 24 bits
 MAX_CHANNELS = 256  # of an array: what libsndfile may read is 1024, but nobody's array
 UNKNOWN_S = 1e8  # no header states so much in earnest
@@ -95,8 +96,9 @@ def decode_audio(
 ) -> tuple[Tensor, int]:
     """Return what read_audio does, of a file that is open; source: what messages call it; max_samples: of all channels.
 
-    It is heard to its end, one recording in it after the other, whatever a header states; what cannot be sought in is
-    read into memory. Channels are mixed to one: see mixing.weights. Samples are in [-1, 1] unless the file's are not.
+    It is heard to its end, one recording in it after the other, whatever a header states; those of several rates come
+    at 24 kHz. What cannot be sought in is read into memory. Channels are mixed to one: see mixing.weights. Samples are
+    in [-1, 1] unless the file's are not.
     warn gets a line for everything that is odd: Mix.findings, and where header and content disagree. Raises OSError if
     the file cannot be read, else what read_audio raises.
     """
@@ -104,8 +106,8 @@ def decode_audio(
         file = _taken_in(file, source)
     if not file.seek(0, os.SEEK_END):
         raise AudioError(f"{source}: is empty (0 bytes)")
-    mix, rate, length = Mix(), 0, 0
-    heard: list[Tensor] = []
+    mix, seconds = Mix(), 0.0
+    heard: list[tuple[Tensor, int]] = []
     doubts: list[str] = []
     recordings = containers.parts(file)
     if len(recordings) > containers.MOST_RECORDINGS:
@@ -114,23 +116,40 @@ def decode_audio(
         )
     for part in recordings:
         try:
-            samples, part_rate, more = _recording(file, part, mix, source, max_seconds, max_samples)
+            samples, rate, more = _recording(file, part, mix, source, max_seconds, max_samples)
         except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a rate must come from outside
             if not heard:
                 raise AudioError(f"{source}: {_not_audio(file, error, source)}") from None
-            more = [f"what follows its first {length / rate:.2f} s is damaged and not heard"]
+            more = [f"what follows its first {seconds:.2f} s is damaged and not heard"]
         else:
-            rate = rate or part_rate
-            heard.append(samples if part_rate == rate else resample(samples, part_rate, rate, torch.float32))
-            length += len(heard[-1])
-            _require_within(length / rate, mix.samples, source, max_seconds, max_samples)
+            heard.append((samples, rate))
+            seconds += len(samples) / rate
+            _require_within(seconds, mix.samples, source, max_seconds, max_samples)
         doubts += more
-    if not length:
+    if not seconds:
         raise AudioError(f"{source}: {'; '.join(('has no samples', *doubts))}")
-    samples = _usable(torch.cat(heard), source)
+    samples, rate = _joined(heard, source)
+    samples = _usable(samples, source)
     for finding in dict.fromkeys((*doubts, *mix.findings())):
         warn(f"{source}: {finding}")
     return samples, rate
+
+
+def _joined(heard: list[tuple[Tensor, int]], source: str) -> tuple[Tensor, int]:
+    """Return (samples [N], rate in Hz) of recordings one behind the other: at 24 kHz if their rates are several."""
+    heard = [(samples, rate) for samples, rate in heard if len(samples)]
+    rates, pieces = sorted({rate for _, rate in heard}), [samples for samples, _ in heard]
+    if len(rates) == 1:
+        return torch.cat(pieces), rates[0]
+    if len(rates) > MOST_RATES:
+        raise AudioError(f"{source}: holds recordings of {len(rates)} sample rates, at most {MOST_RATES} are joined")
+    for rate in rates:
+        _require_rate(rate, source)
+    for rate in rates:  # one after the other, so that its resampling table is made once
+        for i, (samples, its_rate) in enumerate(heard):
+            if its_rate == rate:
+                pieces[i] = resample(samples, rate, SAMPLE_RATE, torch.float32)
+    return torch.cat(pieces), SAMPLE_RATE
 
 
 class _Recording(soundfile.SoundFile):  # type: ignore[misc] # it has no types
@@ -251,14 +270,18 @@ def prepare(samples: Tensor, rate: int, source: str = "audio") -> Tensor:
     Trims to whole 10 ms, then pads to whole 20 ms. Raises AudioError naming the source if less than 10 ms are left or
     the rate is not 1 Hz to 1 MHz. The resampling kernel is evaluated in float32 here.
     """
-    if not 0 < rate <= MAX_RATE:
-        raise AudioError(f"{source}: its sample rate of {rate} Hz is outside 1 to {MAX_RATE} Hz; resample it first")
+    _require_rate(rate, source)
     waveform = resample(samples, rate, SAMPLE_RATE, torch.float32)
     length = waveform.shape[0] // FRAME_SAMPLES * FRAME_SAMPLES
     if length == 0:
         milliseconds = 1000 * waveform.shape[0] / SAMPLE_RATE
         raise AudioError(f"{source}: lasts {milliseconds:.1f} ms, expected at least 10 ms")
     return F.pad(waveform[:length], (0, -length % (2 * FRAME_SAMPLES)))
+
+
+def _require_rate(rate: int, source: str) -> None:
+    if not 0 < rate <= MAX_RATE:
+        raise AudioError(f"{source}: its sample rate of {rate} Hz is outside 1 to {MAX_RATE} Hz; resample it first")
 
 
 def num_placeholders(num_samples: int, adapter_layers: int = 3) -> int:

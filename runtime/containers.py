@@ -132,7 +132,7 @@ def _chunks(file: BinaryIO, start: int, size: int) -> list[Part]:
         if head[:4] == b"ds64":  # a RIFF beyond 4 GB: sizes of 64 bits
             long_size = int.from_bytes(_at(file, at + 16, 8), "little")
         elif head[:4] == b"fmt " and stated >= 24:
-            mask = int.from_bytes(_at(file, at + 28, 4), "little")
+            mask = int.from_bytes(_at(file, at + 28, 4), order)  # type: ignore[arg-type]
         elif head[:4] in (b"data", b"SSND", b"BODY"):
             stated = long_size if long_size and stated == 0xFFFFFFFF else stated
             return [_samples(file, start, at, stated, size, mask, kind, order)]
@@ -236,7 +236,7 @@ def _ogg(file: BinaryIO, start: int, size: int) -> list[Part]:
         if not whole:
             cut += 1
             end = _found(file, at + 1, size, re.compile(rb"OggS\0")) if cut <= MOST_RECORDINGS else size
-            if at > start and (end == size or _at(file, end + 5, 1)[0] & 2):
+            if at > start and (end + 5 >= size or _at(file, end + 5, 1)[0] & 2):
                 doubt = f"it holds {end - at} bytes that are no whole page of Ogg: it was cut off there"
                 found.append(Part(start, at, doubt=doubt, skipped=end - at))
                 start, opens = end, True

@@ -47,9 +47,9 @@ def _convolve(samples: Tensor, up: int, down: int, length: int, dtype: torch.dty
 
 
 def _gather(samples: Tensor, up: int, down: int, length: int, dtype: torch.dtype) -> Tensor:
-    kernel, starts, margin = _sparse_kernel(up, down, dtype)  # [up, taps], [up]
+    kernel, starts, margin = _sparse_kernel(up, down, min(up, length), dtype)  # [phases, taps], [phases]
     taps = kernel.shape[1]
-    windows = F.pad(samples, (margin, margin + down + taps)).unfold(0, taps, 1)  # [N + ..., taps], a view
+    windows = F.pad(samples, (margin, taps)).unfold(0, taps, 1)  # [N + margin + 1, taps], a view
     out = samples.new_empty(length)
     block = max(1, RESAMPLE_BLOCK // taps)
     for begin in range(0, length, block):
@@ -87,9 +87,12 @@ def _dense_kernel(up: int, down: int, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 @lru_cache(maxsize=2)
-def _sparse_kernel(up: int, down: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Return (kernel [up, taps], starts [up], margin): output n reads from input n // up * down + starts[n % up] on."""
+def _sparse_kernel(up: int, down: int, phases: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Return (kernel [phases, taps], starts [phases], margin) of the first phases of `up`.
+
+    Output n reads from input n // up * down + starts[n % up] on.
+    """
     margin = _half_width(up, down)
-    phase = torch.arange(up)
+    phase = torch.arange(phases)
     starts = phase * down // up - margin
     return _sinc(phase[:, None], starts[:, None] + torch.arange(2 * margin + 2), up, down, dtype), starts, margin

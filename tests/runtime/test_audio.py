@@ -197,7 +197,7 @@ def test_resampling_in_blocks_changes_nothing(dense_taps, monkeypatch):
 
 
 def test_odd_rates_keep_the_kernel_small():
-    kernel, starts, _ = resampling._sparse_kernel(24000, 44101, torch.float32)
+    kernel, starts, _ = resampling._sparse_kernel(24000, 44101, 24000, torch.float32)
     assert kernel.numel() < 1_000_000 and starts.shape == (24000,)
 
 

@@ -59,9 +59,66 @@ def test_joined_recordings_are_heard_one_after_the_other(form, count):
 
 def test_recordings_of_other_rates_and_kinds_follow_each_other():
     flac = encoded(FIRST, "FLAC", rate=8000)
-    samples, warnings = heard(encoded(FIRST) + flac)
-    expected = resampling.resample(torch.from_numpy(alone(flac)), 8000, RATE, torch.float32)
-    assert np.array_equal(samples, np.concatenate((alone(encoded(FIRST)), expected.numpy()))) and warnings == []
+    wav = encoded(SECOND, rate=11_025)
+    samples, warnings = heard(encoded(FIRST) + wav + flac)
+    expected = [
+        resampling.resample(torch.from_numpy(alone(data)), rate, audio.SAMPLE_RATE, torch.float32)
+        for data, rate in ((encoded(FIRST), RATE), (wav, 11_025), (flac, 8000))
+    ]
+    assert np.array_equal(samples, np.concatenate(expected)) and warnings == []
+    assert audio.decode_audio(io.BytesIO(wav + wav))[1] == 11_025
+    assert audio.decode_audio(io.BytesIO(wav + flac))[1] == audio.SAMPLE_RATE
+
+
+def test_rates_cost_no_more_than_their_samples(monkeypatch):
+    """Neither memory for a rate that only a header states, nor a table of all phases for a recording of ten samples."""
+    made = []
+    table = resampling._sinc
+    monkeypatch.setattr(resampling, "_sinc", lambda *args: made.append(table(*args)) or made[-1])
+    head = encoded(FIRST[:1000])
+    for rate in (2**31 - 1, 200_000_033, audio.MAX_RATE + 1):
+        with pytest.raises(audio.AudioError, match=f"its sample rate of {rate} Hz is outside 1 to 1000000 Hz"):
+            heard(head + with_rate(encoded(FIRST[:10]), rate))
+    assert not made
+    odd = [with_rate(encoded(FIRST[:10]), rate) for rate in (999_983, 999_979, 999_961, 999_959, 999_953)]
+    samples, _ = heard(head + b"".join(odd[:3]) * 200)
+    assert len(samples) == 1000 + 600 and RATE == audio.SAMPLE_RATE
+    assert len(made) == 3 and max(map(len, made)) <= audio.SAMPLE_RATE // 100
+    with pytest.raises(audio.AudioError, match="holds recordings of 5 sample rates, at most 4 are joined"):
+        heard(b"".join(odd))
+    slow = with_rate(encoded(FIRST[:1000]), 1)
+    with pytest.raises(audio.TooLongError, match=r"lasts 1000\.0 s, at most 900\.0 s are possible"):
+        audio.decode_audio(io.BytesIO(odd[0] + slow), "x", max_seconds=900)
+
+
+def with_rate(wav, rate):
+    """Return a WAV whose header states another rate."""
+    return wav[:24] + rate.to_bytes(4, "little") + wav[28:]
+
+
+def test_an_ogg_that_ends_in_the_mark_of_a_page_is_no_fault_of_ours():
+    ogg = encoded(FIRST, "OGG", "VORBIS")
+    pages = [place for place in range(len(ogg)) if ogg.startswith(b"OggS", place)]
+    assert len(pages) > 3
+    cut = ogg[:-50]
+    for left in range(1, 40):
+        samples, warnings = heard(cut + ogg[:left])
+        assert len(samples) and warnings, left
+
+
+def test_the_loudspeakers_of_a_big_endian_wav_are_read_as_such():
+    def wav(magic, order):
+        number = lambda value, size: value.to_bytes(size, order)  # noqa: E731
+        guid = number(1, 4) + number(0, 2) + number(16, 2) + bytes.fromhex("800000aa00389b71")
+        form = number(0xFFFE, 2) + number(6, 2) + number(RATE, 4) + number(RATE * 12, 4) + number(12, 2) + number(16, 2)
+        form += number(22, 2) + number(16, 2) + number(0x3F, 4) + guid
+        samples = b"".join(number(0, 2) * 2 + number(8000, 2) + number(0, 2) * 3 for _ in range(2000))
+        body = b"fmt " + number(len(form), 4) + form + b"data" + number(len(samples), 4) + samples
+        return magic + number(4 + len(body), 4) + b"WAVE" + body
+
+    little, _ = heard(wav(b"RIFF", "little"))
+    big, _ = heard(wav(b"RIFX", "big"))
+    assert np.array_equal(little, big) and abs(little).max() > 0.1
 
 
 def test_a_file_of_more_recordings_than_are_heard_is_refused(monkeypatch):
