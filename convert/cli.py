@@ -12,10 +12,9 @@ from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
 from covo_npu.runtime.checkpoint.format import INT8, MANIFEST, is_checkpoint
 from covo_npu.runtime.cli import console, options
+from covo_npu.runtime.options import DTYPES
 
 log = logging.getLogger(__name__)
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @click.command(context_settings={"show_default": True})

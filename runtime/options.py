@@ -131,8 +131,8 @@ class LoadOptions:
     speech: load token2wav, too; max_context: tokens that a dialogue may hold; graph: whether work is captured;
     products: who multiplies on the backend cpu, None: who is faster here, which is measured; a name gives the same bits
     in every process; token2wav_dtype: of the matrix products of flow matching, auto: see model.speech_dtypes;
-    vocoder_dtype: of the vocoder's convolutions, see token2wav.SpeechDtypes; nz: hold 16-bit weights of an NPU in its
-    format FRACTAL_NZ; tp: tensor-parallel ranks of the LLM, a process each, on the devices from `device` on;
+    vocoder_dtype: of the convolutions in the vocoder's residual blocks; nz: hold 16-bit weights of an NPU in its format
+    FRACTAL_NZ; tp: tensor-parallel ranks of the LLM, a process each, on the devices from `device` on;
     encoder_device, speech_device: where these networks are, None: with the LLM's rank 0.
     """
 

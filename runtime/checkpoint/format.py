@@ -21,6 +21,7 @@ import xxhash
 from covo_npu.kernels.errors import CovoError, listed
 from covo_npu.runtime.checkpoint.config import ModelConfig, from_dict
 from covo_npu.runtime.checkpoint.limits import require_plausible
+from covo_npu.runtime.options import DTYPES
 from covo_npu.runtime.output import MAX_NAME_BYTES
 
 FORMAT = "covo-npu"
@@ -291,6 +292,8 @@ def _parse(folder: Path, body: Mapping[str, Any]) -> Manifest:
     config = from_dict(ModelConfig, _take(body, "config", dict, where), f"{where}: config")
     require_plausible(config, f"{where}: config")
     dtype = _take(body, "dtype", str, where)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, found {dtype!r:.80}")
     weights = body.get("weights", dtype)  # a checkpoint that does not say has one dtype
     if weights not in (dtype, *INT8):
         expected = ", ".join((dtype, *INT8))

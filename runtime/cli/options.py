@@ -125,7 +125,7 @@ LOADING: dict[str, Decorator] = {
         "--dtype", type=click.Choice(DTYPES), default=LOAD.dtype, help="Of LLM and encoder. Default: the checkpoint's."
     ),
     "backend": click.option(
-        "--backend", default=LOAD.backend, help="cpu, native, npu or reference. Default: the fastest of the device."
+        "--backend", default=LOAD.backend, help="cpu, cuda, npu, native, reference. Default: the fastest of the device."
     ),
     "products": click.option(
         "--products", type=click.Choice(PRODUCTS), default=LOAD.products,
@@ -147,11 +147,11 @@ LOADING: dict[str, Decorator] = {
     ),
     "token2wav_dtype": click.option(
         "--token2wav-dtype", type=click.Choice(("auto", *DTYPES)), default=LOAD.token2wav_dtype, show_default=True,
-        help="Of the matrix products of flow matching. auto: bfloat16 where the device is faster in it.",
+        help="Of the matrix products of flow matching. auto: --dtype if given, else bfloat16 where that is faster.",
     ),
     "vocoder_dtype": click.option(
         "--vocoder-dtype", type=click.Choice(DTYPES), default=LOAD.vocoder_dtype, show_default=True,
-        help="Of the convolutions of the vocoder. bfloat16: faster, less exact; see covo-check speech.",
+        help="Of the convolutions in the vocoder's residual blocks. 16 bits: faster, less exact: covo-check speech.",
     ),
     "nz": click.option(
         "--nz", is_flag=True, default=LOAD.nz,
