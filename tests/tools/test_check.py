@@ -82,6 +82,7 @@ def test_the_made_up_question_is_the_same_everywhere():
 # --- doctor
 
 TORCH = {"version": "2.13.0", "capability": "AVX512", "threads": 2, "works": True}
+GPU = {"count": 2, "name": "H200", "free": 6e10, "total": 6.4e10, "works": True}
 NPU = {"torch": "2.9.0", "torch_npu": "2.9.0.post1", "count": 1, "name": "Ascend910", "free": 6e10, "total": 6.4e10,
        "works": True}  # fmt: skip
 
@@ -175,7 +176,7 @@ def test_doctor_names_the_plug_in_that_breaks_torch(with_npu):
         return Probe({"numpy": "2"}) if name == "packages" else broken
 
     result = check_doctor.examine(on("npu:0"), run)
-    assert {"torch", "torch_npu", "covo-run --device npu"} <= set(failed(result))
+    assert {"torch", "torch_npu", "covo-run --device npu:0"} <= set(failed(result))
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in fixes(result)
     assert "set_env.sh" in fixes(result)
 
@@ -210,7 +211,7 @@ def test_doctor_knows_which_torch_npu_was_released_for_cann(with_npu, monkeypatc
 )
 def test_doctor_with_a_broken_npu(with_npu, answer, name, advice):
     result = doctor(device="npu:0", npu=answer)
-    assert {name, "covo-run --device npu"} <= set(failed(result))
+    assert {name, "covo-run --device npu:0"} <= set(failed(result))
     assert advice in fixes(result)
 
 
@@ -219,9 +220,31 @@ def test_doctor_without_set_env(with_npu, monkeypatch):
     assert "source " in fixes(doctor(device="npu:0"))
 
 
+def test_doctor_looks_at_the_device_that_was_asked_for():
+    """One card of two, and a third."""
+    asked = []
+
+    def cuda(index):
+        asked.append(index)
+        return Probe(GPU if int(index) < 2 else {"count": 2})
+
+    def ask(name, *arguments):
+        others = {"torch": TORCH, "packages": {"numpy": "2.0"}, "processor": PROCESSOR}
+        return cuda(arguments[1]) if name == "cuda" else Probe(others[name])
+
+    for device, rows, holds in (
+        ("cuda:1", "covo-run --device cuda:1", True),
+        ("cuda:2", "covo-run --device cuda:2", False),
+    ):
+        found = {finding.name: finding for finding in check_doctor.examine(on(device), ask).findings}
+        assert found[rows].holds is holds and found["CUDA"].holds is holds
+    assert asked == ["1", "2"]
+    assert found["CUDA"].measured == "2 devices can be used" and found["CUDA"].bound == "cuda:2 is one of them"
+
+
 def test_doctor_asked_for_a_device_that_is_not_there():
     result = doctor(device="cuda:0")
-    assert {"CUDA", "covo-run --device cuda"} <= set(failed(result))
+    assert {"CUDA", "covo-run --device cuda:0"} <= set(failed(result))
 
 
 @pytest.mark.parametrize("missing", ["tqdm", "xxhash", "torch"])
@@ -505,6 +528,20 @@ def test_a_system_prompt_of_the_weights_before_they_were_quantised_is_found(conv
     assert failed(check_ckpt.examine_folder(folder, None, None)) == ["system prompt"]
 
 
+def test_rows_of_the_system_prompt_that_cannot_be_computed_are_found(convert_tiny, monkeypatch):
+    """No numbers in a layer that is not the first: Python's max would pass over them."""
+    computed = check_ckpt.computed_prefix
+
+    def broken(manifest):
+        rows = computed(manifest)
+        values = rows.values.clone()
+        values[1] = float("nan")
+        return replace(rows, values=values)
+
+    monkeypatch.setattr(check_ckpt, "computed_prefix", broken)
+    assert failed(check_ckpt.examine_folder(convert_tiny("float32"), None, None)) == ["system prompt"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_system_prompt_of_other_weights_is_found(convert_tiny, tmp_path, dtype):
     """Under right checksums: the values of one layer off by 3 %, the rows of another prompt, no numbers."""
@@ -563,7 +600,7 @@ def test_every_stage_runs_on_the_cpu(convert_tiny):
     result = check_ops.examine(on("cpu", convert_tiny("bfloat16")))
     assert result.holds, as_text(result)
     assert [finding.name for finding in result.findings] == [
-        "encoder and adapter", "prefill and decoding", "sampling", "flow matching and vocoder",
+        "loading", "encoder and adapter", "prefill and decoding", "sampling", "flow matching and vocoder",
     ]  # fmt: skip
 
 

@@ -64,6 +64,15 @@ def test_faults_are_above_the_bounds(fault: str, dtype: torch.dtype) -> None:
     assert error(name, dtype, **functions) > 2 * ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.function == "add_rms_norm"])
+def test_no_number_in_the_second_result_is_above_the_bounds(name: str) -> None:
+    def summed_is_none(**inputs: Any) -> Any:
+        normed, summed = native.add_rms_norm(**inputs)
+        return normed, torch.full_like(summed, torch.nan)
+
+    assert not error(name, torch.float32, add_rms_norm=summed_is_none) <= ALLOWED[torch.float32]
+
+
 def test_every_kernel_has_a_case() -> None:
     measured = {"masked_attention", "masked_decode_attention"}
     made_of_others = measured | {"key_mask", "step_mask", "conv_weight"}  # preparations

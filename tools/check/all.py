@@ -28,8 +28,8 @@ from covo_npu.tools.report import machine_report
 
 WITHOUT_CKPT = (
     "doctor",
-    "kernels",
     "ops",
+    "kernels",
     "stages",
     "launches",
     "graphs",

@@ -126,7 +126,8 @@ def _prefix(manifest: Manifest) -> Finding:
     summed = 2**-24 * sqrt(4 * llm.num_layers * max(llm.intermediate_size, llm.hidden_size))
     summed += 2**-23 * len(stored.input_ids)
     bound = torch.finfo(stored_dtype).eps / 2 + summed
-    distance = max(_distance(a, b) for a, b in zip(stored.rows, computed.rows, strict=True))
+    distances = [_distance(a, b) for a, b in zip(stored.rows, computed.rows, strict=True)]
+    distance = float(torch.tensor(distances, dtype=torch.float64).max())  # NaN, if there is one
     source = f"relative L2 of a layer's rows; one rounding to {manifest.dtype}, and the order of float32 sums"
     return replace(below(name, distance, bound, source), fix="" if distance <= bound else advice)
 

@@ -7,11 +7,11 @@ from covo_npu.tools.group import Group
 
 CHECKS = {
     "doctor": "What will run on this machine and what will not, with the fix.",
+    "ops": "Every stage on the device: nothing is refused, nothing falls back to the host.",
     "kernels": "Every kernel of the device against plain float32, at the sizes of the real model.",
     "ckpt": "A converted checkpoint: checksums, layout and, with --src, every tensor against its source.",
     "repeat": "The same question twice: equal tokens, equal text, equal waveform.",
     "stages": "What every stage gives on one device, saved and compared on another.",
-    "ops": "Every stage on the device: nothing is refused, nothing falls back to the host.",
     "launches": "What an NPU's profiler sees: kernels, those on the AICPU, the ten most expensive.",
     "graphs": "A reply of more rows than one graph takes, with captured graphs and without: equal tokens and speech.",
     "transfer": "Page-locked copies to the device, and what part of that a load reaches.",

@@ -212,7 +212,7 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     if not library:
         fix = "pip install torch_npu of the same version as torch"
         return [*findings, promised("torch_npu", "not installed", False, "installed", fix)], False
-    answer = ask("npu")
+    answer = ask("npu", None, _index(wanted, "npu"))
     if answer.found is None:
         fix = fix_for(answer.reason) or "install the torch_npu that belongs to this torch and CANN"
         return [*findings, promised("torch_npu", answer.reason, False, "can be imported", fix)], False
@@ -222,7 +222,7 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     cann_version = _cann_version(home)
     released = TORCH_NPU_OF_CANN.get(".".join(map(str, _numbers(cann_version))))
     fix = f"pip install torch_npu=={'.'.join(map(str, _numbers(says['torch'])))}.*"
-    usable = _usable("NPU", says)
+    usable = _usable("NPU", f"npu:{_index(wanted, 'npu')}", says)
     findings += [promised("torch_npu", versions, pair, "the same version", fix), usable, *_room("NPU", says, needs)]
     if released:
         listed_for = f"torch_npu {', '.join(released)} for CANN {cann_version} (COMPATIBILITY.md of Ascend/pytorch)"
@@ -237,18 +237,23 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
 def _cuda(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     if not Path("/dev/nvidiactl").exists() and not wanted.startswith("cuda"):
         return [Finding("CUDA", "none: no /dev/nvidiactl")], False
-    answer = ask("cuda")
+    answer = ask("cuda", None, _index(wanted, "cuda"))
     if answer.found is None:
         fix = fix_for(answer.reason) or "install PyTorch again, for the CUDA version of the driver"
         return [promised("CUDA", answer.reason, False, "a product is right", fix)], False
-    usable = _usable("CUDA", answer.found)
+    usable = _usable("CUDA", f"cuda:{_index(wanted, 'cuda')}", answer.found)
     return [usable, *_room("CUDA", answer.found, needs)], usable.holds is True
 
 
-def _usable(name: str, says: Mapping[str, Any]) -> Finding:
-    if not says["count"]:
+def _index(wanted: str, kind: str) -> str:
+    """Return which device of a kind is looked at: that which was asked for, else the first."""
+    return wanted.partition(":")[2] or "0" if wanted.startswith(kind) else "0"
+
+
+def _usable(name: str, device: str, says: Mapping[str, Any]) -> Finding:
+    if int(device.partition(":")[2]) >= says["count"]:
         fix = "is the device visible (ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES), is torch built for it?"
-        return promised(name, "no device can be used", False, "at least 1", fix)
+        return promised(name, f"{says['count']} devices can be used", False, f"{device} is one of them", fix)
     memory = f"{says['free'] / 1e9:.1f} of {says['total'] / 1e9:.1f} GB free"
     fix = "the device computes wrongly: restart it, then ask its maker"
     return promised(name, f"{says['count']} x {says['name']}, {memory}", bool(says["works"]), "a product is right", fix)
@@ -256,7 +261,7 @@ def _usable(name: str, says: Mapping[str, Any]) -> Finding:
 
 def _room(name: str, says: Mapping[str, Any], needs: Needs) -> list[Finding]:
     """Return whether the checkpoint fits into what is free on a device, [] if there is neither."""
-    if not needs.weights_bytes or not says["count"]:
+    if not needs.weights_bytes or "free" not in says:  # no such device
         return []
     bound = f"{needs.weights_bytes / 1e9:.1f} GB of weights, {ACTIVATION_BYTES / 1e9:.0f} GB beside them"
     advice = f"it will run out of memory there; {needs.smaller or 'a smaller --max-context'} needs less"
@@ -339,7 +344,8 @@ def _verdict(wanted: str, usable: Mapping[str, bool], findings: list[Finding]) -
         runs = usable[device] and not blocking
         asked = kind == device or (kind == "auto" and device == "cpu")
         why = f"will not run: {', '.join(blocking) or 'no such device that can be used'}"
-        rows.append(Finding(f"covo-run --device {device}", "will run" if runs else why, holds=runs if asked else None))
+        named = wanted if kind == device else device
+        rows.append(Finding(f"covo-run --device {named}", "will run" if runs else why, holds=runs if asked else None))
     return rows
 
 

@@ -1,6 +1,8 @@
 """covo-check ops: every stage of a reply runs on the device; nothing is refused, nothing falls back to the host.
 
-Meant for an Ascend NPU. Without a checkpoint one with random weights is made up: real heads, few layers.
+Meant for an Ascend NPU. torch_npu tells of an operator that falls back once in a process: what ran before cannot be
+seen here, so of all checks of a process this comes first. Without a checkpoint one with random weights is made up: real
+heads, few layers.
 """
 
 from __future__ import annotations
@@ -64,13 +66,18 @@ def examine(subject: Subject) -> Result:
     from covo_npu.runtime import CovoAudio
 
     with with_checkpoint(subject) as (named, of):
-        model = CovoAudio.load(named.require_ckpt(), named.options)
-        findings = []
-        for name, call in stages(model).items():
-            faults = watched(call)
-            bound = "nothing is refused, nothing falls back"
-            findings.append(Finding(name, "; ".join(faults) or "ran", bound, "", not faults))
+        loaded: list[CovoAudio] = []
+        findings = [_ran("loading", lambda: loaded.append(CovoAudio.load(named.require_ckpt(), named.options)))]
+        if not loaded:
+            return Result("ops", f"{named.options.device}; {of}", tuple(findings))
+        (model,) = loaded
+        findings += [_ran(name, call) for name, call in stages(model).items()]
     return Result("ops", f"{model.report.device}, {model.report.backend}, {model.report.dtype}; {of}", tuple(findings))
+
+
+def _ran(name: str, call: Callable[[], object]) -> Finding:
+    faults = watched(call)
+    return Finding(name, "; ".join(faults) or "ran", "nothing is refused, nothing falls back", "", not faults)
 
 
 @check("ops", ckpt=False)

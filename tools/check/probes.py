@@ -1,6 +1,6 @@
 """What covo-check doctor tries in processes of their own: an import can raise, hang or kill the process it runs in.
 
-usage: python -m covo_npu.tools.check.probes NAME [CKPT], one of PROBES. The last line of stdout is a JSON object.
+usage: python -m covo_npu.tools.check.probes NAME [ARGUMENT], one of PROBES. The last line of stdout is a JSON object.
 """
 
 from __future__ import annotations
@@ -68,27 +68,31 @@ def products(ckpt: str) -> dict[str, Any]:
     return {"lines": measured.describe()[1:]}  # the first names the instruction set, which `processor` tells
 
 
-def cuda() -> dict[str, Any]:
-    """Return the CUDA devices, after one product on the first."""
+def cuda(index: str) -> dict[str, Any]:
+    """Return the CUDA devices, after one product on that of this index."""
     module: Any = importlib.import_module("torch")
-    return _devices(module, module.cuda, "cuda")
+    return _devices(module, module.cuda, "cuda", int(index))
 
 
-def npu() -> dict[str, Any]:
-    """Return the NPUs, after one product on the first."""
+def npu(index: str) -> dict[str, Any]:
+    """Return the NPUs, after one product on that of this index."""
     module: Any = importlib.import_module("torch")
     library: Any = importlib.import_module("torch_npu")
-    return {"torch_npu": library.__version__, "torch": module.__version__, **_devices(module, module.npu, "npu")}
+    return {
+        "torch_npu": library.__version__,
+        "torch": module.__version__,
+        **_devices(module, module.npu, "npu", int(index)),
+    }
 
 
-def _devices(module: Any, api: Any, kind: str) -> dict[str, Any]:
+def _devices(module: Any, api: Any, kind: str, index: int) -> dict[str, Any]:
     count = api.device_count() if api.is_available() else 0
-    if not count:
-        return {"count": 0}
-    ones = module.ones(16, 16, device=f"{kind}:0")
-    free, total = api.mem_get_info(0)
+    if index >= count:
+        return {"count": count}
+    ones = module.ones(16, 16, device=f"{kind}:{index}")
+    free, total = api.mem_get_info(index)
     works = float((ones @ ones).sum().cpu()) == 4096.0
-    return {"count": count, "name": api.get_device_name(0), "free": free, "total": total, "works": works}
+    return {"count": count, "name": api.get_device_name(index), "free": free, "total": total, "works": works}
 
 
 def _libsndfile(module: Any) -> str:

@@ -326,7 +326,7 @@ def _snr_db(error: float) -> str:
     return f"signal to noise {-20 * log10(error):.0f} dB" if error else f"signal to noise {inf} dB"
 
 
-@check("stages", wav=True, loading=("device", "dtype", "backend", "tp"))
+@check("stages", wav=True, loading=("device", "dtype", "token2wav_dtype", "vocoder_dtype", "backend", "tp"))
 @click.option("--save", "save_to", type=options.PATH, help="Write what every stage gives to this file.")
 @click.option("--against", type=options.PATH, help="Compare with a file of --save.")
 @click.option("--speech/--no-speech", default=True, show_default=True, help="Include latents and waveform.")

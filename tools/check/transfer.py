@@ -27,11 +27,11 @@ def pinned_bytes_per_s(device: torch.device) -> float:
         slab.fill_(1)
     best = 0.0
     for _ in range(RUNS):
-        module.synchronize()
+        module.synchronize(device)
         start = time.perf_counter()
         for number in range(COPIED_BYTES // BLOCK_BYTES):
             targets[number % SLABS].copy_(slabs[number % SLABS], non_blocking=True)
-        module.synchronize()
+        module.synchronize(device)
         best = max(best, COPIED_BYTES / (time.perf_counter() - start))
     return best
 
