@@ -119,13 +119,13 @@ class Peak:
 
     def __init__(self, device: torch.device) -> None:
         self.bytes = self.grown = 0
-        self._module = accelerator(device)
+        self._module, self._device = accelerator(device), device
         self._process = PeakMemory()
 
     def __enter__(self) -> Peak:
         if self._module:
-            self._module.reset_peak_memory_stats()
-            self._before = self._module.memory_allocated()
+            self._module.reset_peak_memory_stats(self._device)
+            self._before = self._module.memory_allocated(self._device)
         self._process.__enter__()
         if not self._module:
             self._before = self._process.anonymous
@@ -133,7 +133,7 @@ class Peak:
 
     def __exit__(self, *exception: Any) -> None:
         self._process.__exit__(*exception)
-        self.bytes = self._module.max_memory_allocated() if self._module else self._process.anonymous
+        self.bytes = self._module.max_memory_allocated(self._device) if self._module else self._process.anonymous
         self.grown = max(0, self.bytes - self._before)
 
 
@@ -289,11 +289,11 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return what one call takes, until the device has done it."""
     module = accelerator(device)
     if module:
-        module.synchronize()
+        module.synchronize(device)
     begin = time.perf_counter()
     work()
     if module:
-        module.synchronize()
+        module.synchronize(device)
     return time.perf_counter() - begin
 
 

@@ -51,7 +51,8 @@ def cost(networks: Token2Wav, voice: Voice, blocks: SpeechBlocks, num_codes: int
     """Return what speaking some codes takes. evaluations: how many are timed, a multiple of those of a step."""
     config, usual = networks.config, networks.flow
     flow = replace(usual, steps=evaluations // SOLVERS[usual.solver])
-    module = measure.accelerator(voice.prompt_codes.device)
+    device = voice.prompt_codes.device
+    module = measure.accelerator(device)
     generator = torch.Generator().manual_seed(num_codes)
     stages: list[str] = []
     stream = SpeechStream(
@@ -65,7 +66,7 @@ def cost(networks: Token2Wav, voice: Voice, blocks: SpeechBlocks, num_codes: int
         started = time.perf_counter()
         for piece in stream.work():
             if module:
-                module.synchronize()
+                module.synchronize(device)
             counts = usual.evaluations / flow.evaluations if stages[-1] == "flow matching" else 1.0
             seconds += (time.perf_counter() - started) * counts
             samples += piece.numel()
