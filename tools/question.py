@@ -15,7 +15,7 @@ SECONDS = 8
 MAX_SECONDS = 3600  # of a file: its header is not believed further
 PITCH_HZ, HARMONICS = 140.0, 20
 SYLLABLE_HZ = 3.0
-NOISE = 10 ** (-40 / 20)  # a quiet room, 35 dB under full scale
+NOISE = 10 ** (-40 / 20)  # a quiet room, 40 dB under full scale
 
 
 def read_question(wav: Path | None) -> tuple[Tensor, int, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from covo_npu.kernels.errors import listed
 from covo_npu.runtime.checkpoint.config import ConfigError, ModelConfig, Token2WavConfig, to_dict
 
-MAX_SIZE = 2**17  # of one dimension; the widest of Covo-Audio-Chat has 21 504
+MAX_SIZE = 2**17  # of one dimension; the widest of Covo-Audio-Chat has 18 944
 MAX_ENTRIES = 16  # of a list: the vocoder's stages, blocks and dilations
 CONVOLUTIONS = 3  # dilated ones in a block of the vocoder
 LIMITS = {  # fields with other limits

@@ -236,7 +236,7 @@ class BigVGAN(nn.Module):
     """Latents in, waveform out."""
 
     def __init__(self, config: VocoderConfig, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of the products in the residual blocks, nine tenths of all; the signal between them is float32."""
+        """dtype: of the products in the residual blocks, 97 % of all; the signal between them is float32."""
         super().__init__()
         last_channels = config.initial_channels // 2 ** len(config.upsample_rates)
         self.filters = Filters()

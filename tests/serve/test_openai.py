@@ -432,6 +432,7 @@ def test_a_full_server_is_tried_again_and_a_fault_is_not(model: CovoAudio, monke
                 create(client, [spoken(ENGLISH)])
             assert len(transport.requests) == 3
         text = create(client, [spoken(ENGLISH)], max_completion_tokens=5).choices[0].message.content
+        assert running.idle()  # its place is free again
         transport.requests.clear()
         with monkeypatch.context() as once:
             once.setattr(running.service.worker.engine._decoder, "fill", lambda *_: 1 / 0)
