@@ -1,7 +1,8 @@
 """A plan to a folder on disk: steps streamed into aligned safetensors files, the manifest last.
 
 No more than a few blocks of 16 MiB are in memory, whatever the sizes: rows are copied byte for byte from their files,
-only what must be computed (at most one convolution of the vocoder at a time) becomes a tensor.
+only what must be computed (at most one convolution of the vocoder at a time) becomes a tensor. The rows of the system
+prompt take more: see runtime/prefix.py.
 """
 
 import errno

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 FIRST_SCAN_BYTES, SCAN_BYTES = 1 << 12, 1 << 20
 # What a file has at most: each costs time, however short it is. Pages of Ogg that are cut off count as recordings do.
-MOST_RECORDINGS, MOST_CHUNKS = 20_000, 64  # the chunks: behind the samples
+MOST_RECORDINGS, MOST_CHUNKS, MOST_CHUNKS_BEFORE = 20_000, 64, 10_000  # chunks: behind and before the samples
 UNKNOWN_SIZE = 0x7FFF0000  # from here on a size of 32 bits means that the writer could not know it
 LONGEST_TRAILER = 1 << 16
 TRAILERS = (b"ID3", b"TAG", b"APETAGEX")  # tags that players leave behind the last chunk
@@ -126,7 +126,9 @@ def _chunks(file: BinaryIO, start: int, size: int) -> list[Part]:
     kind = _at(file, start, 4)
     order = "big" if kind in (b"FORM", b"RIFX") else "little"
     at, mask, long_size = start + 12, NO_MASK, 0
-    while at + 8 <= size:
+    for _ in range(MOST_CHUNKS_BEFORE):
+        if at + 8 > size:
+            break
         head = _at(file, at, 8)
         stated = int.from_bytes(head[4:], order)  # type: ignore[arg-type]
         if head[:4] == b"ds64":  # a RIFF beyond 4 GB: sizes of 64 bits
@@ -192,7 +194,9 @@ def _au(file: BinaryIO, start: int, size: int) -> list[Part]:
 
 def _caf(file: BinaryIO, start: int, size: int) -> list[Part]:
     at = start + 8
-    while at + 12 <= size:
+    for _ in range(MOST_CHUNKS_BEFORE):
+        if at + 12 > size:
+            break
         head = _at(file, at, 12)
         stated = int.from_bytes(head[4:], "big", signed=True)
         if head[:6] == b"caff\0\1":

@@ -558,7 +558,8 @@ class Engine:
         speech = f"{used.token2wav_dtype}, {used.vocoder_dtype}" if used.token2wav_dtype else "none"
         return NotFiniteError(
             f"the {what} are NaN or infinite: the weights are broken, or values go beyond {used.dtype} (speech: "
-            f"{speech}). Try --dtype float32; covo-check ckpt looks at the weights"
+            f"{speech}). Try --dtype float32, for speech --token2wav-dtype and --vocoder-dtype; "
+            "covo-check ckpt looks at the weights"
         )
 
     def _fail(self, round_: _Round, error: Exception) -> None:

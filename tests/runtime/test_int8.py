@@ -163,6 +163,11 @@ def test_a_manifest_that_says_something_else_than_the_file_is_refused(copy: Path
     rewrite_manifest(copy, lambda m: m.update(weights="int8"))
     with pytest.raises(CheckpointError, match=r"1 unexpected: llm\.lm_head\.scale"):
         CovoAudio.load(copy, device="cpu")
+    for dtype in ("bf16", "nn", "int8"):
+        rewrite_manifest(copy, lambda m, dtype=dtype: m.update(dtype=dtype))
+        with pytest.raises(CheckpointError, match=f"dtype: expected one of .*, float32, found '{dtype}'"):
+            CovoAudio.load(copy, device="cpu")
+    rewrite_manifest(copy, lambda m: m.update(dtype="bfloat16"))
     rewrite_manifest(copy, lambda m: m.update(weights="int4"))
     expected = r"weights: expected one of bfloat16, int8, int8\+head, found 'int4'; upgrade covo-npu"
     with pytest.raises(CheckpointError, match=expected):

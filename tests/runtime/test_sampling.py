@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from covo_npu.runtime import sampling
+from covo_npu.runtime import sampling as module
 from covo_npu.runtime.options import Sampling
 from covo_npu.runtime.sampling import Sampler, Settings, filtered, num_candidates, penalised
 
@@ -252,5 +252,5 @@ def test_more_candidates_than_needed_change_nothing(top_k: int, monkeypatch: pyt
         return ids
 
     found = drawn()
-    monkeypatch.setattr(sampling, "_rounded_up", lambda count: count)
+    monkeypatch.setattr(module, "_rounded_up", lambda count: count)
     assert found == drawn()

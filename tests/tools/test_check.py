@@ -365,6 +365,16 @@ def percents(finding):
     return [float(figure) / 100 for figure in finding.source.rpartition("%: ")[2].split()]
 
 
+def test_stages_take_the_dtypes_of_speech(convert_tiny, saved, capsys):
+    """On the command line, too; each stage is held to its own dtype."""
+    dtypes = ["--token2wav-dtype", "bfloat16", "--vocoder-dtype", "bfloat16", "--dtype", "float32"]
+    ckpt = ["--ckpt", str(convert_tiny("float32")), "--device", "cpu"]
+    assert check.main(["stages", *ckpt, *dtypes, "--against", str(saved), "--json", "-"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    for stage, dtype in {"logits": "float32", "latents": "bfloat16", "waveform": "bfloat16"}.items():
+        assert found[stage]["source"].startswith(f"rounding of {dtype},"), stage
+
+
 def test_stages_say_what_weights_in_8_bits_cost(convert_tiny, saved, tmp_path):
     """The encoder is the same in both; the logits are told, not judged. Another source has no such comparison."""
     plain, eight = on("cpu", convert_tiny("bfloat16")), on("cpu", convert_tiny("int8"))
