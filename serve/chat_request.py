@@ -145,7 +145,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
         streams=bool(request.stream),
     )
     history, after, after_param = _name(ask.system or ""), None, ""
-    question: list[Tensor] = []
+    question: list[tuple[str, str, str]] = []  # parts after the last reply
     answered = max((n for n, message in enumerate(request.messages) if message.role == "assistant"), default=-1)
     for n, message in enumerate(request.messages[begin:], begin):
         where = f"messages[{n}]"
@@ -155,7 +155,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
             parts = _audio_parts(message, where)
             history = _name(history, *(data for data, _, _ in parts))
             if n > answered:
-                question += [_heard(*part, service.max_seconds) for part in parts]
+                question += parts
         else:
             raise unsupported(where, f"messages of role {message.role!r} are only possible at the beginning, as system")
     if not question:
@@ -164,7 +164,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
     return Chat(
         model=request.model,
         ask=ask,
-        waveform=torch.cat(question),
+        waveform=_heard(question, service.max_seconds),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         format=form,
@@ -236,11 +236,21 @@ def _audio_parts(message: Message, where: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _heard(data: str, form: str, where: str, max_seconds: float) -> Tensor:
-    try:
-        return decode(from_base64(data, where), form, where, max_seconds)
-    except audio.AudioError as error:
-        raise told(error, where) from None
+def _heard(parts: Sequence[tuple[str, str, str]], max_seconds: float) -> Tensor:
+    """Return (base64, format, where) of a question's parts as one waveform [N]. Raises ApiError naming a part.
+
+    max_seconds: of all parts together; what is beyond it is not decoded.
+    """
+    heard: list[Tensor] = []
+    seconds = 0.0
+    for data, form, where in parts:
+        source = f"{where}, after {seconds:.1f} s of other parts" if heard else where
+        try:
+            heard.append(decode(from_base64(data, source), form, source, max(0.0, max_seconds - seconds)))
+        except audio.AudioError as error:
+            raise told(error, where) from None
+        seconds += len(heard[-1]) / audio.SAMPLE_RATE
+    return torch.cat(heard)
 
 
 def _speech(request: ChatRequest) -> tuple[bool, str]:

@@ -319,7 +319,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {  # case: (what differs, co
     "wav stream": ({**SPEECH, "stream": True}, CANNOT, "audio.format"),
     "voice": (spoken_as(voice="darth"), INVALID, "audio.voice"),
     "voice id": (spoken_as(voice={"id": "v"}), INVALID, "audio.voice"),
-    "too long": ({"messages": [spoken(*[LONG] * 14)]}, "context_length_exceeded", "messages"),
+    "too long": ({"messages": [spoken(*[LONG] * 12)]}, "context_length_exceeded", "messages"),
     "placeholder": ({"messages": [{**SYSTEM, "content": "<|cAUDIO|>"}, spoken(ENGLISH)]}, INVALID, "messages"),
 }
 
@@ -333,6 +333,28 @@ def test_what_cannot_be_done_is_told(running: Running, client: openai.OpenAI, ca
     assert (error.code, error.param, error.type) == (code, param, "invalid_request_error"), error.message
     assert len(error.message) > 20 and error.request_id.startswith("req_")
     assert running.idle()
+
+
+def test_parts_of_a_question_share_the_seconds_that_are_possible(running: Running, client: openai.OpenAI) -> None:
+    """A file of 1 kB may last as long as any: what is beyond them all is not decoded, nor are questions of before."""
+
+    def lasting(seconds: float) -> dict[str, Any]:
+        file = io.BytesIO()
+        soundfile.write(file, np.full(int(seconds), 0.1), 1, format="WAV", subtype="PCM_U8")
+        return {"type": "input_audio", "input_audio": {"data": b64(file.getvalue()), "format": "wav"}}
+
+    limit_s = running.service.max_seconds
+    short = {"type": "input_audio", "input_audio": {"data": b64(bytes(960)), "format": "pcm16"}}
+    for first_s, last, why in (
+        (250, lasting(250), f"after 250.0 s of other parts: lasts 250.0 s, at most {limit_s - 250:.1f} s"),
+        (limit_s, short, f"after {limit_s:.1f} s of other parts: lasts longer than the 0.0 s"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why) as caught:
+            create(client, [{"role": "user", "content": [lasting(first_s)]}, {"role": "user", "content": [last]}])
+        assert (caught.value.code, caught.value.param) == (NO_AUDIO, "messages[1].content[0].input_audio.data")
+    with pytest.raises(openai.NotFoundError, match="dialogue"):
+        before = {"role": "user", "content": [lasting(250), lasting(250)]}
+        create(client, [before, following("audio_0"), spoken(ENGLISH)])
 
 
 def test_what_is_ignored_does_no_harm(model: CovoAudio, client: openai.OpenAI) -> None:
