@@ -357,6 +357,19 @@ def test_parts_of_a_question_share_the_seconds_that_are_possible(running: Runnin
         create(client, [before, following("audio_0"), spoken(ENGLISH)])
 
 
+def test_a_system_prompt_that_no_context_holds_is_not_tokenised(
+    running: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the engine's thread from everybody's replies."""
+    limit, encode, read = running.service.max_system_characters, running.service.model.tokenizer.encode, []
+    monkeypatch.setattr(running.service.model.tokenizer, "encode", lambda text: read.append(len(text)) or encode(text))
+    for length in (limit + 1, limit):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, [{"role": "system", "content": "a" * length}, spoken(ENGLISH)])
+        assert caught.value.code == "context_length_exceeded"
+        assert any(characters >= length for characters in read) == (length == limit)
+
+
 def test_what_is_ignored_does_no_harm(model: CovoAudio, client: openai.OpenAI) -> None:
     text = Session(model, mode="a2t", max_new_tokens=10).say(ENGLISH).text
     found = create(

@@ -603,6 +603,18 @@ def test_instructions_are_the_system_prompt(model: CovoAudio, running: Running, 
         assert transcript(talk.ask(chinese)) == say(chat, chinese).text
 
 
+def test_instructions_that_no_context_holds_are_refused_when_they_are_said(running: Running, english: bytes) -> None:
+    long = "a" * (running.service.max_system_characters + 1)
+    with talking(running, instructions="Be brief.", max_output_tokens=1) as talk:
+        talk.send("session.update", session={"instructions": long})
+        assert talk.error()["code"] == "context_length_exceeded"
+        talk.say(english)
+        talk.commit()
+        talk.send("response.create", response={"instructions": long})
+        assert talk.error()["code"] == "context_length_exceeded"
+        assert talk.update()["instructions"] == "Be brief."
+
+
 def test_the_default_instructions_are_shown(running: Running) -> None:
     from covo_npu.runtime.prompt import DEFAULT_SYSTEM_PROMPT
 
