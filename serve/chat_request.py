@@ -16,7 +16,7 @@ from covo_npu.kernels.errors import listed
 from covo_npu.runtime import audio
 from covo_npu.runtime.options import Ask
 from covo_npu.serve.errors import invalid, told, unsupported
-from covo_npu.serve.formats import HEARD, PCM16, SPOKEN, decode, from_base64
+from covo_npu.serve.formats import DATA, HEARD, PCM16, SPOKEN, decode, from_base64
 from covo_npu.serve.schema import SAMPLING, Model, Named, Sampled, Voice, kind, misread, voice_name
 from covo_npu.serve.service import Service
 
@@ -84,6 +84,8 @@ class ChatRequest(Sampled):
     max_tokens: int | None = None
 
 
+RAW = ("audio/pcm", "audio/l16", "audio/pcmu", "audio/pcma")  # samples that no container describes
+PCM_PARAMETERS = frozenset(("rate=24000", "channels=1", "base64"))  # of audio/pcm as it is heard: PCM16
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 # What would change the reply, and this model cannot do: what it may say, and why not else.
 CANNOT: dict[str, tuple[Sequence[Any], str]] = {
@@ -222,18 +224,36 @@ def _audio_parts(message: Message, where: str) -> list[tuple[str, str, str]]:
             if part.input_audio.format not in HEARD:
                 known = ", ".join(HEARD)
                 raise unsupported(f"{place}.input_audio.format", f"expected one of {known}")
-            found.append((part.input_audio.data, part.input_audio.format, f"{place}.input_audio.data"))
+            data, at = part.input_audio.data, f"{place}.input_audio.data"
+            if data.startswith(DATA):
+                _media_form(data, at)
+            found.append((data, part.input_audio.format, at))
         elif part.type == "audio_url" and part.audio_url:
-            if not part.audio_url.url.startswith("data:"):
-                raise unsupported(f"{place}.audio_url.url", "addresses are not fetched: send the audio itself as data:")
-            form = PCM16 if part.audio_url.url[5:].startswith(("audio/pcm", "audio/L16")) else HEARD[0]
-            found.append((part.audio_url.url, form, f"{place}.audio_url.url"))
+            url, at = part.audio_url.url, f"{place}.audio_url.url"
+            if not url.startswith(DATA):
+                raise unsupported(at, "addresses are not fetched: send the audio itself as data:")
+            found.append((url, _media_form(url, at), at))
         elif part.type != "text" or (part.text or "").strip():
             rule = "a question is audio alone; put what else the model should know into a system message"
             raise unsupported(place, f"{rule}, found a part of type {part.type!r}")
     if not found:
         raise invalid(f"{where}.content", "expected an input_audio part")
     return found
+
+
+def _media_form(address: str, where: str) -> str:
+    """Return which of HEARD a data: address holds. Raises ApiError for samples that would be heard as others.
+
+    Containers are told apart by their own bytes, whatever the address calls them.
+    """
+    media = address.partition(",")[0].removeprefix(DATA).lower().replace(" ", "")
+    name, *parameters = media.split(";")
+    if name not in RAW:
+        return HEARD[0]
+    if name != RAW[0] or not PCM_PARAMETERS.issuperset(parameters):
+        rule = "samples without a container are audio/pcm, 16-bit little-endian mono at 24 kHz; send others as wav"
+        raise unsupported(where, f"{rule}, found {media[:80]!r}")
+    return PCM16
 
 
 def _heard(parts: Sequence[tuple[str, str, str]], max_seconds: float) -> Tensor:
