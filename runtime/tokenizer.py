@@ -59,6 +59,14 @@ class Tokenizer:
         """Return how many tokens there are, special ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def max_characters(self, count: int) -> int:
+        """Return how many characters a text of `count` ids has at most; a longer one has more ids.
+
+        A token of byte-level BPE has a character for each byte that it stands for, a special one those of its text. NFC
+        composes characters first, but never more than three into two bytes (U+01D6).
+        """
+        return count * max(map(len, self._backend.get_vocab(with_added_tokens=True))) * 3 // 2
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; nothing is put around it. Special tokens written in the text become their ids."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)

@@ -16,7 +16,7 @@ from covo_npu.kernels.errors import listed
 from covo_npu.runtime import audio
 from covo_npu.runtime.options import Ask
 from covo_npu.serve.errors import invalid, told, unsupported
-from covo_npu.serve.formats import HEARD, PCM16, SPOKEN, decode, from_base64
+from covo_npu.serve.formats import DATA, HEARD, PCM16, SPOKEN, decode, from_base64
 from covo_npu.serve.schema import SAMPLING, Model, Named, Sampled, Voice, kind, misread, voice_name
 from covo_npu.serve.service import Service
 
@@ -84,6 +84,8 @@ class ChatRequest(Sampled):
     max_tokens: int | None = None
 
 
+RAW = ("audio/pcm", "audio/l16", "audio/pcmu", "audio/pcma")  # samples that no container describes
+PCM_PARAMETERS = frozenset(("rate=24000", "channels=1", "base64"))  # of audio/pcm as it is heard: PCM16
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 # What would change the reply, and this model cannot do: what it may say, and why not else.
 CANNOT: dict[str, tuple[Sequence[Any], str]] = {
@@ -145,7 +147,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
         streams=bool(request.stream),
     )
     history, after, after_param = _name(ask.system or ""), None, ""
-    question: list[Tensor] = []
+    question: list[tuple[str, str, str]] = []  # parts after the last reply
     answered = max((n for n, message in enumerate(request.messages) if message.role == "assistant"), default=-1)
     for n, message in enumerate(request.messages[begin:], begin):
         where = f"messages[{n}]"
@@ -155,7 +157,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
             parts = _audio_parts(message, where)
             history = _name(history, *(data for data, _, _ in parts))
             if n > answered:
-                question += [_heard(*part, service.max_seconds) for part in parts]
+                question += parts
         else:
             raise unsupported(where, f"messages of role {message.role!r} are only possible at the beginning, as system")
     if not question:
@@ -164,7 +166,7 @@ def read_chat(body: bytes, service: Service) -> Chat:
     return Chat(
         model=request.model,
         ask=ask,
-        waveform=torch.cat(question),
+        waveform=_heard(question, service.max_seconds),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         format=form,
@@ -222,12 +224,15 @@ def _audio_parts(message: Message, where: str) -> list[tuple[str, str, str]]:
             if part.input_audio.format not in HEARD:
                 known = ", ".join(HEARD)
                 raise unsupported(f"{place}.input_audio.format", f"expected one of {known}")
-            found.append((part.input_audio.data, part.input_audio.format, f"{place}.input_audio.data"))
+            data, at = part.input_audio.data, f"{place}.input_audio.data"
+            if data.startswith(DATA):
+                _media_form(data, at)
+            found.append((data, part.input_audio.format, at))
         elif part.type == "audio_url" and part.audio_url:
-            if not part.audio_url.url.startswith("data:"):
-                raise unsupported(f"{place}.audio_url.url", "addresses are not fetched: send the audio itself as data:")
-            form = PCM16 if part.audio_url.url[5:].startswith(("audio/pcm", "audio/L16")) else HEARD[0]
-            found.append((part.audio_url.url, form, f"{place}.audio_url.url"))
+            url, at = part.audio_url.url, f"{place}.audio_url.url"
+            if not url.startswith(DATA):
+                raise unsupported(at, "addresses are not fetched: send the audio itself as data:")
+            found.append((url, _media_form(url, at), at))
         elif part.type != "text" or (part.text or "").strip():
             rule = "a question is audio alone; put what else the model should know into a system message"
             raise unsupported(place, f"{rule}, found a part of type {part.type!r}")
@@ -236,11 +241,36 @@ def _audio_parts(message: Message, where: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _heard(data: str, form: str, where: str, max_seconds: float) -> Tensor:
-    try:
-        return decode(from_base64(data, where), form, where, max_seconds)
-    except audio.AudioError as error:
-        raise told(error, where) from None
+def _media_form(address: str, where: str) -> str:
+    """Return which of HEARD a data: address holds. Raises ApiError for samples that would be heard as others.
+
+    Containers are told apart by their own bytes, whatever the address calls them.
+    """
+    media = address.partition(",")[0].removeprefix(DATA).lower().replace(" ", "")
+    name, *parameters = media.split(";")
+    if name not in RAW:
+        return HEARD[0]
+    if name != RAW[0] or not PCM_PARAMETERS.issuperset(parameters):
+        rule = "samples without a container are audio/pcm, 16-bit little-endian mono at 24 kHz; send others as wav"
+        raise unsupported(where, f"{rule}, found {media[:80]!r}")
+    return PCM16
+
+
+def _heard(parts: Sequence[tuple[str, str, str]], max_seconds: float) -> Tensor:
+    """Return (base64, format, where) of a question's parts as one waveform [N]. Raises ApiError naming a part.
+
+    max_seconds: of all parts together; what is beyond it is not decoded.
+    """
+    heard: list[Tensor] = []
+    seconds = 0.0
+    for data, form, where in parts:
+        source = f"{where}, after {seconds:.1f} s of other parts" if heard else where
+        try:
+            heard.append(decode(from_base64(data, source), form, source, max(0.0, max_seconds - seconds)))
+        except audio.AudioError as error:
+            raise told(error, where) from None
+        seconds += len(heard[-1]) / audio.SAMPLE_RATE
+    return torch.cat(heard)
 
 
 def _speech(request: ChatRequest) -> tuple[bool, str]:

@@ -22,9 +22,12 @@ class ClientGoneError(Exception):
     """Nobody is there any more to hear the answer."""
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Return the body of a request. Raises ApiError if it is too long or comes too slowly, ClientGoneError."""
-    limit = settings.max_body_bytes
+async def read_body(request: Request, settings: Settings, max_bytes: int | None = None) -> bytes:
+    """Return the body of a request. Raises ApiError if it is too long or comes too slowly, ClientGoneError.
+
+    max_bytes: where fewer will do than the settings allow.
+    """
+    limit = min(settings.max_body_bytes, max_bytes or settings.max_body_bytes)
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > limit:
         raise _too_long(limit)
@@ -49,7 +52,7 @@ async def _collect(request: Request, body: bytearray, limit: int, idle_s: float)
 
 
 def _too_long(limit: int) -> ApiError:
-    message = f"the request is longer than {limit} bytes; send shorter or compressed audio, for instance flac or mp3"
+    message = f"the request is longer than {limit} bytes; say less, or send audio as flac or mp3"
     return ApiError(413, message, "request_too_large", headers={"connection": "close"})
 
 

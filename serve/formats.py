@@ -15,6 +15,7 @@ from torch import Tensor
 from covo_npu.runtime import audio
 from covo_npu.runtime.audio import AudioError
 
+DATA = "data:"  # how an address begins that holds the audio itself
 PCM16 = "pcm16"
 HEARD = ("wav", "mp3", "flac", "ogg", "opus", "aiff", PCM16)  # containers are told apart by their own first bytes
 MAX_SAMPLES = 1 << 27  # of all channels, as many as half a gigabyte holds: a small file may unpack to far more
@@ -22,7 +23,7 @@ MAX_SAMPLES = 1 << 27  # of all channels, as many as half a gigabyte holds: a sm
 
 def from_base64(text: str, source: str) -> bytes:
     """Return the bytes of base64, or of a data: address of base64. Raises AudioError naming the source."""
-    if text.startswith("data:"):
+    if text.startswith(DATA):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
             raise AudioError(f"{source}: is a data: address without base64")

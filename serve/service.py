@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from covo_npu.runtime import audio
-from covo_npu.runtime.engine import Engine
+from covo_npu.runtime.engine import ContextError, Engine
 from covo_npu.runtime.options import Ask, Mode
 from covo_npu.runtime.prompt import DEFAULT_SYSTEM_PROMPT
-from covo_npu.serve.errors import ApiError, invalid, unsupported
+from covo_npu.serve.errors import ApiError, invalid, told, unsupported
 from covo_npu.serve.metrics import Metrics
 from covo_npu.serve.security import Secrets
 from covo_npu.serve.settings import Settings
@@ -47,6 +47,7 @@ class Service:
         self.secrets = Secrets(settings.api_keys)
         self.created = int(time.time())
         self.max_seconds = audio.max_seconds(self.model.max_context, self.model.config.adapter.num_layers)
+        self.max_system_characters = self.model.tokenizer.max_characters(self.model.max_context)
         self._pool = ThreadPoolExecutor(AUDIO_THREADS, "audio")
         self.sessions: set[Ending] = set()  # realtime sessions that are open
         self.metrics.watch({"realtime_sessions": ("Open realtime sessions", lambda: len(self.sessions))})
@@ -101,7 +102,16 @@ class Service:
         return dataclasses.replace(ask, voice=self._voice(voice), blocks=self.settings.blocks if streams else None)
 
     def system(self, text: str | None) -> str:
-        """Return the prompt that a dialogue begins with. text: what a request says, or None."""
+        """Return the prompt that a dialogue begins with. text: what a request says, or None.
+
+        Raises ApiError for one that cannot fit: to count its tokens would hold up the engine's thread, and everybody.
+        """
+        if text is not None and len(text) > self.max_system_characters:
+            message = (
+                f"the system prompt has {len(text)} characters, the context of {self.model.max_context} tokens holds "
+                f"{self.max_system_characters} at most: say less, or load with a larger max_context (--max-context)"
+            )
+            raise told(ContextError(message))
         usual = self.settings.ask.system
         return text if text is not None else usual if usual is not None else DEFAULT_SYSTEM_PROMPT
 

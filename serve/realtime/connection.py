@@ -73,7 +73,7 @@ class Session:
 
     def __init__(self, websocket: WebSocket, service: Service, settings: SessionSettings) -> None:
         self._websocket, self._service, self._settings = websocket, service, settings
-        self._id, self._conversation = new_id("sess"), Conversation()
+        self._id, self._conversation = new_id("sess"), Conversation(service.max_seconds)
         self._hearing = Hearing(settings.input_format, settings.turn_detection, service.max_seconds)
         self._turn: tuple[str, int] | None = None  # item and begin of the turn that is going on
         self._response: Response | None = None

@@ -12,7 +12,10 @@ from covo_npu.serve.exchange import read_body
 from covo_npu.serve.realtime.conversation import new_id
 from covo_npu.serve.realtime.session import updated, usual
 from covo_npu.serve.schema import Model, misread
+from covo_npu.serve.security import MAX_SECRET
 from covo_npu.serve.service import Service
+
+MAX_BODY_BYTES = 4 * MAX_SECRET  # a secret holds its session, without the spaces
 
 
 class ExpiresAfter(Model):
@@ -33,7 +36,8 @@ async def create_secret(request: Request) -> Response:
     """Answer with a secret, and the session that it opens."""
     service: Service = request.app.state.service
     try:
-        asked = SecretRequest.model_validate_json(await read_body(request, service.settings) or b"{}")
+        body = await read_body(request, service.settings, MAX_BODY_BYTES)
+        asked = SecretRequest.model_validate_json(body or b"{}")
     except ValidationError as error:
         raise misread(error) from None
     settings = updated(usual(service, asked.session.get("model") or service.name), asked.session, service, "session")

@@ -1,7 +1,9 @@
 """The tokenizer against transformers', and text that arrives id by id."""
 
 import json
+import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +41,19 @@ def test_ids_and_text_are_transformers(text):
     assert ids == THEIRS.encode(text)
     for skip in (True, False):
         assert TOKENIZER.decode(ids, skip_special=skip) == THEIRS.decode(ids, skip_special_tokens=skip)
+
+
+@given(st.text() | st.text("\u01d6\u0390\u1fa7 <|im_endABC\n").map(lambda text: normalize("NFD", text)))
+def test_no_text_has_more_characters_than_its_ids_hold(text):
+    assert len(text) <= TOKENIZER.max_characters(len(TOKENIZER.encode(text)))
+
+
+def test_three_characters_are_composed_into_two_bytes_at_most():
+    """Of every character there is: what becomes it is no longer than its own decomposition, which is the longest."""
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    assert max(len(normalize("NFD", character)) / len(character.encode()) for character in characters) == 1.5
+    longest = max(json.loads((SOURCE / "tokenizer.json").read_text("utf-8"))["model"]["vocab"], key=len)
+    assert TOKENIZER.max_characters(2) == 3 * max(len(longest), *map(len, ADDED))
 
 
 def test_special_tokens_are_skipped_on_request():

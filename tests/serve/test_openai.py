@@ -188,6 +188,9 @@ def test_a_system_prompt_is_that_of_covo_run(model: CovoAudio, client: openai.Op
         assert found.choices[0].message.content == expected
 
 
+PCM_DATA = "data:Audio/PCM; rate=24000;channels=1;base64"
+
+
 def as_flac(path: Path) -> bytes:
     samples, rate = soundfile.read(path, dtype="int32")
     file = io.BytesIO()
@@ -195,7 +198,7 @@ def as_flac(path: Path) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("form", ["data", "flac", "pcm16", "audio_url", "two", "wrong name"])
+@pytest.mark.parametrize("form", ["data", "flac", "pcm16", "audio_url", "pcm url", "pcm data", "two", "wrong name"])
 def test_forms_of_a_question(model: CovoAudio, client: openai.OpenAI, form: str) -> None:
     """However it is sent, the model hears the same samples; two parts are one question."""
     waveform = model.waveform(ENGLISH)
@@ -205,13 +208,15 @@ def test_forms_of_a_question(model: CovoAudio, client: openai.OpenAI, form: str)
         "flac": {"type": "input_audio", "input_audio": {"data": b64(as_flac(ENGLISH)), "format": "flac"}},
         "pcm16": {"type": "input_audio", "input_audio": {"data": b64(pcm), "format": "pcm16"}},
         "audio_url": {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{b64(wav)}"}},
+        "pcm url": {"type": "audio_url", "audio_url": {"url": f"data:audio/pcm;base64,{b64(pcm)}"}},
+        "pcm data": {"type": "input_audio", "input_audio": {"data": f"{PCM_DATA},{b64(pcm)}", "format": "pcm16"}},
         "two": {"type": "input_audio", "input_audio": {"data": b64(pcm[:48_000]), "format": "pcm16"}},
         "wrong name": {"type": "input_audio", "input_audio": {"data": b64(wav), "format": "mp3"}},
     }[form]
     rest = {"type": "input_audio", "input_audio": {"data": b64(pcm[48_000:]), "format": "pcm16"}}
     rounded = np.frombuffer(pcm, "<i2").astype(np.float32) / 32768
     expected = Session(model, mode="a2t", max_new_tokens=20)
-    text = (expected.say(rounded, 24_000) if form in ("pcm16", "two") else expected.say(ENGLISH)).text
+    text = (expected.say(rounded, 24_000) if form.startswith("pcm") or form == "two" else expected.say(ENGLISH)).text
     content = [part, rest] if form == "two" else [part, {"type": "text", "text": "  "}]
     found = create(client, [{"role": "user", "content": content}], max_completion_tokens=20)
     assert found.choices[0].message.content == text
@@ -282,6 +287,8 @@ HI = {"type": "text", "text": "hi"}
 AT = "messages[0].content[0]"
 DATA, URL = f"{AT}.input_audio.data", f"{AT}.audio_url.url"
 SYSTEM = {"role": "system", "content": "x"}
+SECOND = b64(bytes(48_000))
+OTHER_SAMPLES = ("audio/pcm;rate=16000", "audio/pcm;channels=2", "audio/L16;rate=24000", "audio/pcmu", "Audio/PCMA")
 CANNOT, INVALID, MISTYPED, NO_AUDIO = "unsupported_value", "invalid_value", "invalid_type", "invalid_audio"
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {  # case: (what differs, code, param)
     "text question": ({"messages": [{"role": "user", "content": "How are you?"}]}, CANNOT, "messages[0].content"),
@@ -295,6 +302,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {  # case: (what differs, co
     "tool message": ({"messages": [{"role": "tool", "content": "y"}]}, CANNOT, "messages[0]"),
     "role": ({"messages": [{"role": "owner", "content": "x"}]}, MISTYPED, "messages[0].role"),
     "no audio": (heard(b64(b"no sound")), NO_AUDIO, DATA),
+    **{f"{kind} url": (at_url(f"data:{kind};base64,{SECOND}"), CANNOT, URL) for kind in OTHER_SAMPLES},
+    **{f"{kind} data": (heard(f"data:{kind};base64,{SECOND}", "pcm16"), CANNOT, DATA) for kind in OTHER_SAMPLES},
     "address": (at_url("http://127.0.0.1/x.wav"), CANNOT, URL),
     "file": (at_url("file:///etc/passwd"), CANNOT, URL),
     "not base64": (heard("#"), NO_AUDIO, DATA),
@@ -319,7 +328,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {  # case: (what differs, co
     "wav stream": ({**SPEECH, "stream": True}, CANNOT, "audio.format"),
     "voice": (spoken_as(voice="darth"), INVALID, "audio.voice"),
     "voice id": (spoken_as(voice={"id": "v"}), INVALID, "audio.voice"),
-    "too long": ({"messages": [spoken(*[LONG] * 14)]}, "context_length_exceeded", "messages"),
+    "too long": ({"messages": [spoken(*[LONG] * 12)]}, "context_length_exceeded", "messages"),
     "placeholder": ({"messages": [{**SYSTEM, "content": "<|cAUDIO|>"}, spoken(ENGLISH)]}, INVALID, "messages"),
 }
 
@@ -333,6 +342,41 @@ def test_what_cannot_be_done_is_told(running: Running, client: openai.OpenAI, ca
     assert (error.code, error.param, error.type) == (code, param, "invalid_request_error"), error.message
     assert len(error.message) > 20 and error.request_id.startswith("req_")
     assert running.idle()
+
+
+def test_parts_of_a_question_share_the_seconds_that_are_possible(running: Running, client: openai.OpenAI) -> None:
+    """A file of 1 kB may last as long as any: what is beyond them all is not decoded, nor are questions of before."""
+
+    def lasting(seconds: float) -> dict[str, Any]:
+        file = io.BytesIO()
+        soundfile.write(file, np.full(int(seconds), 0.1), 1, format="WAV", subtype="PCM_U8")
+        return {"type": "input_audio", "input_audio": {"data": b64(file.getvalue()), "format": "wav"}}
+
+    limit_s = running.service.max_seconds
+    short = {"type": "input_audio", "input_audio": {"data": b64(bytes(960)), "format": "pcm16"}}
+    for first_s, last, why in (
+        (250, lasting(250), f"after 250.0 s of other parts: lasts 250.0 s, at most {limit_s - 250:.1f} s"),
+        (limit_s, short, f"after {limit_s:.1f} s of other parts: lasts longer than the 0.0 s"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why) as caught:
+            create(client, [{"role": "user", "content": [lasting(first_s)]}, {"role": "user", "content": [last]}])
+        assert (caught.value.code, caught.value.param) == (NO_AUDIO, "messages[1].content[0].input_audio.data")
+    with pytest.raises(openai.NotFoundError, match="dialogue"):
+        before = {"role": "user", "content": [lasting(250), lasting(250)]}
+        create(client, [before, following("audio_0"), spoken(ENGLISH)])
+
+
+def test_a_system_prompt_that_no_context_holds_is_not_tokenised(
+    running: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the engine's thread from everybody's replies."""
+    limit, encode, read = running.service.max_system_characters, running.service.model.tokenizer.encode, []
+    monkeypatch.setattr(running.service.model.tokenizer, "encode", lambda text: read.append(len(text)) or encode(text))
+    for length in (limit + 1, limit):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, [{"role": "system", "content": "a" * length}, spoken(ENGLISH)])
+        assert caught.value.code == "context_length_exceeded"
+        assert any(characters >= length for characters in read) == (length == limit)
 
 
 def test_what_is_ignored_does_no_harm(model: CovoAudio, client: openai.OpenAI) -> None:

@@ -422,6 +422,35 @@ def test_items(model: CovoAudio, running: Running, english: bytes, chinese: byte
             assert talk.error()["code"] == code
 
 
+def test_questions_that_nobody_asks_are_bounded(running: Running) -> None:
+    """Together they last no longer than the buffer: more could never be asked. What leaves makes room again."""
+    piece = bytes([255]) * 8_000 * 150  # G.711
+    part = {"type": "input_audio", "audio": b64(piece)}
+    with talking(running, output_modalities=["text"], max_output_tokens=1, input_audio_format="g711_ulaw") as talk:
+        assert 300 < running.service.max_seconds < 450
+        talk.say(piece, len(piece))
+        first = talk.commit()
+        talk.send("conversation.item.create", item=user(part))
+        second = talk.until("conversation.item.done")[-1]["item"]["id"]
+        for _ in range(2):
+            talk.say(piece, len(piece))
+            talk.send("input_audio_buffer.commit")
+            error = talk.error()
+            assert error["code"] == "context_length_exceeded" and "450.0 s would wait" in error["message"]
+            talk.send("conversation.item.create", item=user(part, id="third"))
+            assert talk.error()["message"] == error["message"]
+        for item_id in (first, second):
+            talk.send("conversation.item.delete", item_id=item_id)
+            talk.next("conversation.item.deleted")
+        talk.send("conversation.item.create", item=user(part, id="third"))
+        talk.until("conversation.item.done")
+        talk.send("response.create")
+        assert talk.until(LAST)[-2]["response"]["status"] == "incomplete"
+        for _ in range(2):
+            talk.say(piece, len(piece))
+            talk.commit()
+
+
 def user(*content: Any, **fields: Any) -> dict[str, Any]:
     return {"type": "message", "role": "user", "content": list(content), **fields}
 
@@ -572,6 +601,18 @@ def test_instructions_are_the_system_prompt(model: CovoAudio, running: Running, 
         assert talk.error()["param"] == "session.instructions"
         assert talk.update(instructions="Answer in one word.", voice="alloy")["instructions"] == "Answer in one word."
         assert transcript(talk.ask(chinese)) == say(chat, chinese).text
+
+
+def test_instructions_that_no_context_holds_are_refused_when_they_are_said(running: Running, english: bytes) -> None:
+    long = "a" * (running.service.max_system_characters + 1)
+    with talking(running, instructions="Be brief.", max_output_tokens=1) as talk:
+        talk.send("session.update", session={"instructions": long})
+        assert talk.error()["code"] == "context_length_exceeded"
+        talk.say(english)
+        talk.commit()
+        talk.send("response.create", response={"instructions": long})
+        assert talk.error()["code"] == "context_length_exceeded"
+        assert talk.update()["instructions"] == "Be brief."
 
 
 def test_the_default_instructions_are_shown(running: Running) -> None:

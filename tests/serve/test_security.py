@@ -166,6 +166,9 @@ def test_a_session_too_long_for_a_header_is_refused(model: CovoAudio) -> None:
         assert len(create(session={"type": "realtime", "instructions": "a" * 2800}).value) < MAX_SECRET
         with pytest.raises(openai.BadRequestError, match="say less of the session"):
             create(session={"type": "realtime", "instructions": "a" * 3100})
+        with pytest.raises(openai.APIStatusError, match="longer than 16384 bytes; say less") as caught:
+            create(session={"type": "realtime", "instructions": "a" * 16_384})
+        assert caught.value.status_code == 413
 
 
 # --- names and pages
