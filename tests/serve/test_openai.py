@@ -163,6 +163,33 @@ def test_a_dialogue_may_branch(model: CovoAudio, client: openai.OpenAI) -> None:
     assert again.choices[0].message.audio.transcript == expected[CHINESE]
 
 
+@pytest.mark.parametrize("limit", ["_keep_s", "_limit_bytes"])
+def test_dialogues_that_begin_alike_go_on_and_are_forgotten_apart(model: CovoAudio, limit: str) -> None:
+    """The same question and reply twice: the audio's ids tell them apart, and the text finds the one that is left."""
+    chat = Session(model, max_new_tokens=10)
+    begun, then = chat.say(ENGLISH).text, chat.say(CHINESE).text
+    asked = {**SPEECH, "max_completion_tokens": 10}
+    with serving(model) as running:
+        client = running.client()
+        firsts = [create(client, [spoken(ENGLISH)], **asked).choices[0].message.audio for _ in range(2)]
+        assert [heard.transcript for heard in firsts] == [begun] * 2
+        going_on = [[spoken(ENGLISH), following(heard.id), spoken(CHINESE)] for heard in firsts]
+        for messages in reversed(going_on):  # the one that began first is used last
+            assert create(client, messages, **asked).choices[0].message.audio.transcript == then
+        dialogues = running.service.worker.dialogues
+        earlier, later = dialogues._held
+        running.service.worker.post(lambda: dialogues.forget(earlier))
+        by_text = [spoken(ENGLISH), {"role": "assistant", "content": begun}, spoken(CHINESE)]
+        assert create(client, by_text, **asked).choices[0].message.audio.transcript == then
+        assert later in dialogues and earlier not in dialogues
+        setattr(dialogues, limit, 0)
+        assert create(client, [spoken(ENGLISH)], **asked).choices[0].message.audio.transcript == begun
+        for messages in going_on:
+            with pytest.raises(openai.NotFoundError, match="is not here any more"):
+                create(client, messages, **asked)
+        assert len(dialogues) == 0 and not dialogues._turns and running.service.worker.state == "ready"
+
+
 def test_requests_with_settings_of_their_own_side_by_side(model: CovoAudio, client: openai.OpenAI) -> None:
     options = [{"temperature": 0.9, "seed": n, "max_completion_tokens": 20 + n} for n in range(6)]
     streams = [create(client, [spoken(ENGLISH)], stream=True, **option) for option in options]
