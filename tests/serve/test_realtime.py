@@ -18,7 +18,7 @@ from serve.harness import CHINESE, ENGLISH, MODEL, Running, b64, serving
 from serve.talk import LAST, Talk, kinds, pcm, talking, transcript
 
 from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, resampling
-from covo_npu.runtime.events import Done
+from covo_npu.runtime.events import Done, Event, Text
 from covo_npu.runtime.options import SpeechBlocks
 from covo_npu.serve.resample import g711
 
@@ -357,6 +357,40 @@ def test_a_question_without_any_answer_is_asked_again_with_the_next(
         assert events[0]["response"]["status"] == "cancelled" and events[0]["response"]["usage"] is None
         assert dialogue(running).rounds == 0
         assert transcript(talk.ask(chinese)) == say(Session(model), english + chinese).text
+
+
+@pytest.mark.parametrize("limit", [80, 1], ids=["goes on", "is complete"])
+def test_what_the_step_under_way_brings_of_a_cancelled_response_is_neither_told_nor_remembered(
+    model: CovoAudio, running: Running, english: bytes, chinese: bytes, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The client cancels before it has had anything of the reply, in the step that brings the first of it."""
+    worker, answered = running.service.worker, threading.Event()
+    step = worker.engine.step
+
+    def held() -> list[Event]:
+        events = step()
+        if any(isinstance(event, Text) for event in events):
+            answered.set()
+            while worker._commands.empty():
+                time.sleep(0.001)
+        return events
+
+    with talking(running, output_modalities=["text"], max_output_tokens=limit) as talk:
+        talk.say(english)
+        talk.commit()
+        with monkeypatch.context() as once:
+            once.setattr(worker.engine, "step", held)
+            talk.send("response.create")
+            assert answered.wait(30)
+            talk.send("response.cancel")
+            events = talk.until(LAST)
+        assert kinds(events) == ["response.created", "response.done", LAST]
+        done = events[1]["response"]
+        assert (done["status"], done["output"], done["usage"]) == ("cancelled", [], None)
+        assert dialogue(running).rounds == 0
+        expected = say(Session(model, mode="a2t", max_new_tokens=limit), english + chinese)
+        assert transcript(talk.ask(chinese)) == expected.text
+    assert running.idle()
 
 
 def test_truncation_of_a_response_under_way_ends_it(running: Running, english: bytes, mute: threading.Event) -> None:
