@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 import time
 import wave
@@ -19,6 +20,7 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 from serve.harness import CHINESE, ENGLISH, LONG, MODEL, Running, b64, serving, spoken
+from serve.test_security import ask
 
 from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, wav
 from covo_npu.runtime.engine import ContextError
@@ -360,6 +362,22 @@ def test_what_cannot_be_done_is_told(running: Running, client: openai.OpenAI, ca
     assert (error.code, error.param, error.type) == (code, param, "invalid_request_error"), error.message
     assert len(error.message) > 20 and error.request_id.startswith("req_")
     assert running.idle()
+
+
+def test_half_a_character_is_refused_wherever_it_stands(running: Running) -> None:
+    """JSON can spell it, UTF-8 cannot: no answer could say it again."""
+    later = [spoken(ENGLISH), following("\udfff"), spoken(ENGLISH)]
+    for fields in (
+        {"model": "\ud800"},
+        {"user": "\udead"},
+        {"\ud800": 1},
+        {"audio": {"voice": {"id": "\ud83d"}, "format": "wav"}},
+        {"messages": [{**SYSTEM, "content": "\ude00\ud83d"}, spoken(ENGLISH)]},
+        {"messages": later},
+    ):
+        body = json.dumps({"model": MODEL, "messages": [spoken(ENGLISH)], **fields}).encode()
+        status, _, answer = ask(running, "/v1/chat/completions", "POST", body)
+        assert status == 400 and "JSON" in answer["error"]["message"], (fields, answer)
 
 
 def test_what_is_ignored_does_no_harm(model: CovoAudio, client: openai.OpenAI) -> None:

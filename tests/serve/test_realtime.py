@@ -529,6 +529,28 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(model: CovoAudio, runni
         assert transcript(talk.ask(english)) == say(Session(model), english).text
 
 
+def test_half_a_character_is_refused_wherever_it_stands(running: Running) -> None:
+    """JSON can spell it, UTF-8 cannot: no event could say it again. A whole one in two halves is one character."""
+    item = user({"type": "input_audio", "audio": SHORT})
+    events: tuple[dict[str, Any], ...] = (
+        {"type": "response.sing", "event_id": "\ud800"},
+        {"type": "response.\udfff", "event_id": "e"},
+        {"type": "conversation.item.create", "item": {**item, "id": "\udead"}},
+        {"type": "conversation.item.retrieve", "item_id": "\ud83d"},
+        {"type": "session.update", "session": {"type": "realtime", "instructions": "\ude00\ud83d"}},
+        {"type": "session.update", "session": {"type": "realtime", "metadata": {"\ud800": 1}}},
+    )
+    with talking(running) as talk:
+        for event in events:
+            talk.connection.send(event)  # type: ignore[arg-type]
+            error = talk.error()
+            assert (error["code"], error["type"]) == ("invalid_json", "invalid_request_error"), event
+        talk.connection._connection.send(r'{"type": "response.sing", "event_id": "\ud83d\ude00"}')
+        assert talk.error()["event_id"] == "😀"
+        talk.send("conversation.item.create", item=item)
+        assert talk.next("conversation.item.added")["previous_item_id"] is None
+
+
 def test_truncation_has_limits(running: Running, english: bytes, chinese: bytes) -> None:
     with talking(running) as talk:
         events = talk.ask(english)
