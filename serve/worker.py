@@ -173,7 +173,10 @@ class Worker:
     # --- on the event loop
 
     def start(self, on_started: Callable[[], None] = lambda: None) -> None:
-        """Begin: one reply to nobody, then questions. on_started is called between, or when it has failed there."""
+        """Begin: one reply to nobody, then questions.
+
+        on_started is called between, or when it has failed there, in the worker's thread; it must not raise.
+        """
         self._on_started = on_started
         self._thread.start()
 
@@ -228,8 +231,8 @@ class Worker:
         finally:
             stream.close()
 
-    def lose(self, error: CovoError) -> None:
-        """Take no more questions: what the engine computes with is gone, and its step may never end. Any thread."""
+    def lose(self, error: Exception) -> None:
+        """Take no more questions: what they need is gone, be it a rank, whose step may never end. Any thread."""
         self.state, self.fault = FAILED, error
         self.post(lambda: self._fail(error))
 
