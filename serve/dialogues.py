@@ -36,7 +36,8 @@ class Dialogues:
     ) -> None:
         self._engine, self._limit_bytes, self._keep_s, self._clock = engine, limit_bytes, keep_s, clock
         self._held: dict[Dialogue, _Held] = {}  # the longest unused first
-        self._turns: dict[str, Turn] = {}
+        # The latest is the last of its name: dialogues that begin alike have the text of a reply in common.
+        self._turns: dict[str, list[Turn]] = {}
 
     def __len__(self) -> int:
         """Return how many are held."""
@@ -63,12 +64,13 @@ class Dialogues:
         self.hold(turn.dialogue)
         if held := self._held.get(turn.dialogue):
             for name in names:
-                self._turns[name] = turn
+                self._turns.setdefault(name, []).append(turn)
                 held.names.append(name)
 
     def find(self, name: str) -> Turn | None:
-        """Return the turn of a name, None if it was forgotten or never was."""
-        return self._turns.get(name)
+        """Return the latest turn of a name, None if it was forgotten or never was."""
+        turns = self._turns.get(name)
+        return turns[-1] if turns else None
 
     def go_on(self, turn: Turn) -> Dialogue:
         """Return the dialogue that goes on from a turn.
@@ -84,8 +86,9 @@ class Dialogues:
         self._engine.forget(dialogue)
         if held := self._held.pop(dialogue, None):
             for name in held.names:
-                if self._turns[name].dialogue is dialogue:
-                    del self._turns[name]
+                others = [turn for turn in self._turns.pop(name, ()) if turn.dialogue is not dialogue]
+                if others:
+                    self._turns[name] = others
 
     def trim(self) -> None:
         """Forget what is too old, and the longest unused until the rest fits. A question under way is not touched."""

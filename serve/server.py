@@ -12,7 +12,6 @@ from typing import Any
 
 import uvicorn
 
-from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.cli.console import Terminated
 from covo_npu.serve.app import build
 from covo_npu.serve.protocols import HttpProtocol, WebSocketProtocol
@@ -70,21 +69,25 @@ class Server(uvicorn.Server):
         await self._service.drain(lambda: self.force_exit)
         await super().shutdown(sockets)
 
-    def _lost(self, error: CovoError) -> None:
+    def _lost(self, error: Exception) -> None:
         self._service.worker.lose(error)
         self.should_exit = True
 
     def _worker_started(self) -> None:
         if self._service.worker.state == FAILED:
             self.should_exit = True
-        else:
+            return
+        try:
             self._on_ready()
+        except Exception as error:  # noqa: BLE001 - raised by run(): nobody was told where the server is
+            self._lost(error)
 
 
 def run(service: Service, listener: socket.socket, tls: Tls | None, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then let replies under way end.
 
-    Raises what the warm-up raises, and RankError when a rank of the model is gone: replies under way end with an error.
+    Raises what the warm-up raises, what on_ready raises, and RankError when a rank of the model is gone: replies under
+    way end with an error.
 
     on_ready is called, in the worker's thread, when the first question would be answered.
     """

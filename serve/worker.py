@@ -72,11 +72,12 @@ class ReplyStream:
         self._news = asyncio.Event()
         self._unread_samples = 0
         self._error: Exception | None = None
+        self._forgotten = False  # nothing is told of it any more; the worker may not know yet
         self._ended = False  # nothing more will come
 
     def put(self, event: Event) -> None:
         """Take an event from the worker. On the loop."""
-        if self._ended:
+        if self._ended or (self._forgotten and not isinstance(event, Failed)):
             return
         if isinstance(event, Audio):
             self._unread_samples += event.samples.size
@@ -124,8 +125,12 @@ class ReplyStream:
     async def interrupt(self, keep: bool) -> bool:
         """End the reply where it is. Return whether its dialogue remembers the round.
 
-        keep: whether it may; it does then if the reply has begun.
+        keep: whether it may; it does then if the reply has begun. If it may not, the reader gets nothing any more, also
+        of what the step under way brings: the dialogue will not know of it.
         """
+        if not keep:
+            self._forgotten = True
+            self._events.clear()
         kept = await self._worker.call(lambda: self._worker.interrupt(self, keep))
         self._events.clear()
         self._ended = True
@@ -168,7 +173,10 @@ class Worker:
     # --- on the event loop
 
     def start(self, on_started: Callable[[], None] = lambda: None) -> None:
-        """Begin: one reply to nobody, then questions. on_started is called between, or when it has failed there."""
+        """Begin: one reply to nobody, then questions.
+
+        on_started is called between, or when it has failed there, in the worker's thread; it must not raise.
+        """
         self._on_started = on_started
         self._thread.start()
 
@@ -223,8 +231,8 @@ class Worker:
         finally:
             stream.close()
 
-    def lose(self, error: CovoError) -> None:
-        """Take no more questions: what the engine computes with is gone, and its step may never end. Any thread."""
+    def lose(self, error: Exception) -> None:
+        """Take no more questions: what they need is gone, be it a rank, whose step may never end. Any thread."""
         self.state, self.fault = FAILED, error
         self.post(lambda: self._fail(error))
 

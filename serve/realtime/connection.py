@@ -12,6 +12,7 @@ from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -346,10 +347,13 @@ HANDLERS: dict[str, Callable[[Session, Event], Awaitable[None]]] = {
 
 
 def _parsed(text: str) -> Event:
-    """Return an event of a client. Raises ApiError if it is none."""
+    """Return an event of a client. Raises ApiError if it is none.
+
+    Half a character of UTF-16 is refused, as in requests over HTTP: Python's json takes it, and it cannot be sent.
+    """
     try:
-        event = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        event = from_json(text)
+    except ValueError as error:
         raise invalid(None, f"expected an event as JSON text: {error}", "invalid_json") from None
     if not isinstance(event, dict):
         raise invalid(None, "expected an event, which is an object", "invalid_type")

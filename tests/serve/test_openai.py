@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 import time
 import wave
@@ -19,6 +20,7 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 from serve.harness import CHINESE, ENGLISH, LONG, MODEL, Running, b64, serving, spoken
+from serve.test_security import ask
 
 from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, wav
 from covo_npu.runtime.engine import ContextError
@@ -161,6 +163,33 @@ def test_a_dialogue_may_branch(model: CovoAudio, client: openai.OpenAI) -> None:
     assert texts == expected
     again = create(client, [*begin, spoken(CHINESE)], **SPEECH, max_completion_tokens=30)
     assert again.choices[0].message.audio.transcript == expected[CHINESE]
+
+
+@pytest.mark.parametrize("limit", ["_keep_s", "_limit_bytes"])
+def test_dialogues_that_begin_alike_go_on_and_are_forgotten_apart(model: CovoAudio, limit: str) -> None:
+    """The same question and reply twice: the audio's ids tell them apart, and the text finds the one that is left."""
+    chat = Session(model, max_new_tokens=10)
+    begun, then = chat.say(ENGLISH).text, chat.say(CHINESE).text
+    asked = {**SPEECH, "max_completion_tokens": 10}
+    with serving(model) as running:
+        client = running.client()
+        firsts = [create(client, [spoken(ENGLISH)], **asked).choices[0].message.audio for _ in range(2)]
+        assert [heard.transcript for heard in firsts] == [begun] * 2
+        going_on = [[spoken(ENGLISH), following(heard.id), spoken(CHINESE)] for heard in firsts]
+        for messages in reversed(going_on):  # the one that began first is used last
+            assert create(client, messages, **asked).choices[0].message.audio.transcript == then
+        dialogues = running.service.worker.dialogues
+        earlier, later = dialogues._held
+        running.service.worker.post(lambda: dialogues.forget(earlier))
+        by_text = [spoken(ENGLISH), {"role": "assistant", "content": begun}, spoken(CHINESE)]
+        assert create(client, by_text, **asked).choices[0].message.audio.transcript == then
+        assert later in dialogues and earlier not in dialogues
+        setattr(dialogues, limit, 0)
+        assert create(client, [spoken(ENGLISH)], **asked).choices[0].message.audio.transcript == begun
+        for messages in going_on:
+            with pytest.raises(openai.NotFoundError, match="is not here any more"):
+                create(client, messages, **asked)
+        assert len(dialogues) == 0 and not dialogues._turns and running.service.worker.state == "ready"
 
 
 def test_requests_with_settings_of_their_own_side_by_side(model: CovoAudio, client: openai.OpenAI) -> None:
@@ -377,6 +406,22 @@ def test_a_system_prompt_that_no_context_holds_is_not_tokenised(
             create(client, [{"role": "system", "content": "a" * length}, spoken(ENGLISH)])
         assert caught.value.code == "context_length_exceeded"
         assert any(characters >= length for characters in read) == (length == limit)
+
+
+def test_half_a_character_is_refused_wherever_it_stands(running: Running) -> None:
+    """JSON can spell it, UTF-8 cannot: no answer could say it again."""
+    later = [spoken(ENGLISH), following("\udfff"), spoken(ENGLISH)]
+    for fields in (
+        {"model": "\ud800"},
+        {"user": "\udead"},
+        {"\ud800": 1},
+        {"audio": {"voice": {"id": "\ud83d"}, "format": "wav"}},
+        {"messages": [{**SYSTEM, "content": "\ude00\ud83d"}, spoken(ENGLISH)]},
+        {"messages": later},
+    ):
+        body = json.dumps({"model": MODEL, "messages": [spoken(ENGLISH)], **fields}).encode()
+        status, _, answer = ask(running, "/v1/chat/completions", "POST", body)
+        assert status == 400 and "JSON" in answer["error"]["message"], (fields, answer)
 
 
 def test_what_is_ignored_does_no_harm(model: CovoAudio, client: openai.OpenAI) -> None:

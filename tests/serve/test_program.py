@@ -195,6 +195,27 @@ def test_damaged_weights_never_answer(start: Callable[..., tuple[int, str]], ckp
     assert code == 1 and "llm" in said and "checksum" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "closed", "told"),
+    [
+        ((), "> >(:)", ""),  # as head ends: quietly, like all commands
+        ((), "> /dev/full", "covo-serve: [Errno 28] No space left on device"),
+        (("--json", "/dev/full"), "", "/dev/full"),
+    ],
+    ids=["closed pipe", "full disk", "full disk of the report"],
+)
+def test_a_server_that_cannot_say_where_it_is_ends(
+    ckpt: Path, options: tuple[str, ...], closed: str, told: str
+) -> None:
+    """Nobody would know its address; and it must not say that it is ready when it answers nothing."""
+    command = ["bash", "-c", f'exec "$@" {closed}', "bash", BIN / "covo-serve", "--ckpt", ckpt, *FLOAT32, "--text-only"]
+    done = subprocess.run([*command, "--port", "0", *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("covo-serve: ")]
+    assert len(said) == bool(told) and told in "".join(said)
+
+
 def test_text_only_and_the_log_as_json(ckpt: Path) -> None:
     options = ("--text-only", "--log", "json", "--api-key", "key-1", "--model-name", "a", "--model-name", "b")
     with program("--ckpt", ckpt, *FLOAT32, *options, stderr=subprocess.PIPE) as (process, url):

@@ -18,7 +18,7 @@ from serve.harness import CHINESE, ENGLISH, MODEL, Running, b64, serving
 from serve.talk import LAST, Talk, kinds, pcm, talking, transcript
 
 from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, resampling
-from covo_npu.runtime.events import Done
+from covo_npu.runtime.events import Done, Event, Text
 from covo_npu.runtime.options import SpeechBlocks
 from covo_npu.serve.resample import g711
 
@@ -359,6 +359,40 @@ def test_a_question_without_any_answer_is_asked_again_with_the_next(
         assert transcript(talk.ask(chinese)) == say(Session(model), english + chinese).text
 
 
+@pytest.mark.parametrize("limit", [80, 1], ids=["goes on", "is complete"])
+def test_what_the_step_under_way_brings_of_a_cancelled_response_is_neither_told_nor_remembered(
+    model: CovoAudio, running: Running, english: bytes, chinese: bytes, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The client cancels before it has had anything of the reply, in the step that brings the first of it."""
+    worker, answered = running.service.worker, threading.Event()
+    step = worker.engine.step
+
+    def held() -> list[Event]:
+        events = step()
+        if any(isinstance(event, Text) for event in events):
+            answered.set()
+            while worker._commands.empty():
+                time.sleep(0.001)
+        return events
+
+    with talking(running, output_modalities=["text"], max_output_tokens=limit) as talk:
+        talk.say(english)
+        talk.commit()
+        with monkeypatch.context() as once:
+            once.setattr(worker.engine, "step", held)
+            talk.send("response.create")
+            assert answered.wait(30)
+            talk.send("response.cancel")
+            events = talk.until(LAST)
+        assert kinds(events) == ["response.created", "response.done", LAST]
+        done = events[1]["response"]
+        assert (done["status"], done["output"], done["usage"]) == ("cancelled", [], None)
+        assert dialogue(running).rounds == 0
+        expected = say(Session(model, mode="a2t", max_new_tokens=limit), english + chinese)
+        assert transcript(talk.ask(chinese)) == expected.text
+    assert running.idle()
+
+
 def test_truncation_of_a_response_under_way_ends_it(running: Running, english: bytes, mute: threading.Event) -> None:
     with talking(running) as talk:
         mute.clear()
@@ -522,6 +556,28 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(model: CovoAudio, runni
             assert error["type"] == "invalid_request_error" and len(error["message"]) > 10
         assert talk.update(type="realtime") == before
         assert transcript(talk.ask(english)) == say(Session(model), english).text
+
+
+def test_half_a_character_is_refused_wherever_it_stands(running: Running) -> None:
+    """JSON can spell it, UTF-8 cannot: no event could say it again. A whole one in two halves is one character."""
+    item = user({"type": "input_audio", "audio": SHORT})
+    events: tuple[dict[str, Any], ...] = (
+        {"type": "response.sing", "event_id": "\ud800"},
+        {"type": "response.\udfff", "event_id": "e"},
+        {"type": "conversation.item.create", "item": {**item, "id": "\udead"}},
+        {"type": "conversation.item.retrieve", "item_id": "\ud83d"},
+        {"type": "session.update", "session": {"type": "realtime", "instructions": "\ude00\ud83d"}},
+        {"type": "session.update", "session": {"type": "realtime", "metadata": {"\ud800": 1}}},
+    )
+    with talking(running) as talk:
+        for event in events:
+            talk.connection.send(event)  # type: ignore[arg-type]
+            error = talk.error()
+            assert (error["code"], error["type"]) == ("invalid_json", "invalid_request_error"), event
+        talk.connection._connection.send(r'{"type": "response.sing", "event_id": "\ud83d\ude00"}')
+        assert talk.error()["event_id"] == "😀"
+        talk.send("conversation.item.create", item=item)
+        assert talk.next("conversation.item.added")["previous_item_id"] is None
 
 
 def test_truncation_has_limits(running: Running, english: bytes, chinese: bytes) -> None:
