@@ -79,7 +79,7 @@ def test_covo_check_ops_runs_every_stage_on_the_device_that_is_there(
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "ops.json").read_text("utf-8"))
     assert result["subject"].startswith("npu:0, npu (") and result["subject"].endswith("; bfloat16")
-    assert len(result["findings"]) == 4 and all(finding["holds"] for finding in result["findings"])
+    assert len(result["findings"]) == 5 and all(finding["holds"] for finding in result["findings"])
 
 
 def test_the_command_for_a_card_runs_all_of_it(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
