@@ -38,7 +38,7 @@ class Conversation:
         self.id, self.dialogue = new_id("conv"), Dialogue()
         self._items: dict[str, dict[str, Any]] = {}
         self._waiting: dict[str, Tensor] = {}  # waveforms [N] at 24 kHz of the questions without an answer
-        self._max_samples, self._waiting_samples = round(max_seconds * SAMPLE_RATE), 0  # of those together
+        self._max_samples = round(max_seconds * SAMPLE_RATE)  # of those together
         self.last_reply = LastReply("", 0)
         self._audio_tokens = 0  # of the dialogue but for the last reply
         self._last_codes = 0  # of that
@@ -51,7 +51,7 @@ class Conversation:
 
     def ask(self, item: dict[str, Any], waveform: Tensor) -> str | None:
         """Put a question at the end; return the id of the item before. Raises ApiError if too much waits already."""
-        samples = self._waiting_samples + len(waveform)
+        samples = sum(map(len, self._waiting.values())) + len(waveform)
         if samples > self._max_samples:
             message = (
                 f"with this question {samples / SAMPLE_RATE:.1f} s would wait for an answer, at most "
@@ -59,7 +59,7 @@ class Conversation:
                 "then send it again"
             )
             raise told(ContextError(message))
-        self._waiting_samples, self._waiting[item["id"]] = samples, waveform
+        self._waiting[item["id"]] = waveform
         return self.add(item)
 
     def item(self, item_id: str) -> dict[str, Any]:
@@ -83,8 +83,7 @@ class Conversation:
         if item_id not in self._waiting:
             message = "the model has heard this item and cannot forget it: end the session, or truncate its last reply"
             raise invalid("item_id", message, "unsupported_value")
-        del self._items[item_id]
-        self._waiting_samples -= len(self._waiting.pop(item_id))
+        del self._items[item_id], self._waiting[item_id]
 
     def question(self) -> tuple[tuple[str, ...], Tensor]:
         """Return the ids of the items that wait, and all of them as one waveform. Raises ApiError if none does."""
@@ -96,7 +95,7 @@ class Conversation:
     def answered(self, ids: Iterable[str], placeholders: int, codes: int, reply: LastReply) -> None:
         """Note that the model remembers questions now, with so many placeholders, and a reply of so many codes."""
         for item_id in ids:
-            self._waiting_samples -= len(self._waiting.pop(item_id, ()))
+            self._waiting.pop(item_id, None)
         self._audio_tokens += self._last_codes + placeholders
         self._last_codes, self.last_reply = codes, reply
 
