@@ -212,7 +212,8 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     if not library:
         fix = "pip install torch_npu of the same version as torch"
         return [*findings, promised("torch_npu", "not installed", False, "installed", fix)], False
-    answer = ask("npu", None, _index(wanted, "npu"))
+    index = _index(wanted, "npu")
+    answer = ask("npu", None, index)
     if answer.found is None:
         fix = fix_for(answer.reason) or "install the torch_npu that belongs to this torch and CANN"
         return [*findings, promised("torch_npu", answer.reason, False, "can be imported", fix)], False
@@ -222,7 +223,7 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     cann_version = _cann_version(home)
     released = TORCH_NPU_OF_CANN.get(".".join(map(str, _numbers(cann_version))))
     fix = f"pip install torch_npu=={'.'.join(map(str, _numbers(says['torch'])))}.*"
-    usable = _usable("NPU", f"npu:{_index(wanted, 'npu')}", says)
+    usable = _usable("NPU", index, says)
     findings += [promised("torch_npu", versions, pair, "the same version", fix), usable, *_room("NPU", says, needs)]
     if released:
         listed_for = f"torch_npu {', '.join(released)} for CANN {cann_version} (COMPATIBILITY.md of Ascend/pytorch)"
@@ -237,23 +238,27 @@ def _npu(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
 def _cuda(ask: Ask, wanted: str, needs: Needs) -> tuple[list[Finding], bool]:
     if not Path("/dev/nvidiactl").exists() and not wanted.startswith("cuda"):
         return [Finding("CUDA", "none: no /dev/nvidiactl")], False
-    answer = ask("cuda", None, _index(wanted, "cuda"))
+    index = _index(wanted, "cuda")
+    answer = ask("cuda", None, index)
     if answer.found is None:
         fix = fix_for(answer.reason) or "install PyTorch again, for the CUDA version of the driver"
         return [promised("CUDA", answer.reason, False, "a product is right", fix)], False
-    usable = _usable("CUDA", f"cuda:{_index(wanted, 'cuda')}", answer.found)
+    usable = _usable("CUDA", index, answer.found)
     return [usable, *_room("CUDA", answer.found, needs)], usable.holds is True
 
 
 def _index(wanted: str, kind: str) -> str:
     """Return which device of a kind is looked at: that which was asked for, else the first."""
-    return wanted.partition(":")[2] or "0" if wanted.startswith(kind) else "0"
+    asked, _, index = wanted.partition(":")
+    return index if asked == kind and index.isdecimal() else "0"
 
 
-def _usable(name: str, device: str, says: Mapping[str, Any]) -> Finding:
-    if int(device.partition(":")[2]) >= says["count"]:
+def _usable(name: str, index: str, says: Mapping[str, Any]) -> Finding:
+    if int(index) >= says["count"]:
         fix = "is the device visible (ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES), is torch built for it?"
-        return promised(name, f"{says['count']} devices can be used", False, f"{device} is one of them", fix)
+        return promised(
+            name, f"{says['count']} devices can be used", False, f"{name.lower()}:{index} is one of them", fix
+        )
     memory = f"{says['free'] / 1e9:.1f} of {says['total'] / 1e9:.1f} GB free"
     fix = "the device computes wrongly: restart it, then ask its maker"
     return promised(name, f"{says['count']} x {says['name']}, {memory}", bool(says["works"]), "a product is right", fix)
