@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from covo_npu.runtime import audio
@@ -47,10 +48,14 @@ class Service:
         self.secrets = Secrets(settings.api_keys)
         self.created = int(time.time())
         self.max_seconds = audio.max_seconds(self.model.max_context, self.model.config.adapter.num_layers)
-        self.max_system_characters = self.model.tokenizer.max_characters(self.model.max_context)
         self._pool = ThreadPoolExecutor(AUDIO_THREADS, "audio")
         self.sessions: set[Ending] = set()  # realtime sessions that are open
         self.metrics.watch({"realtime_sessions": ("Open realtime sessions", lambda: len(self.sessions))})
+
+    @cached_property
+    def max_system_characters(self) -> int:
+        """How many characters a system prompt has at most. Goes through the vocabulary: no start waits for that."""
+        return self.model.tokenizer.max_characters(self.model.max_context)
 
     @property
     def name(self) -> str:
