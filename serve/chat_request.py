@@ -225,7 +225,7 @@ def _audio_parts(message: Message, where: str) -> list[tuple[str, str, str]]:
                 known = ", ".join(HEARD)
                 raise unsupported(f"{place}.input_audio.format", f"expected one of {known}")
             data, at = part.input_audio.data, f"{place}.input_audio.data"
-            if data.startswith(DATA):
+            if data.startswith(DATA):  # the form is said beside it; the address may say that it is misheard
                 _media_form(data, at)
             found.append((data, part.input_audio.format, at))
         elif part.type == "audio_url" and part.audio_url:

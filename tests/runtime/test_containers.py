@@ -270,6 +270,14 @@ class Counted(io.BytesIO):
         return data
 
 
+@pytest.mark.parametrize("head", [b"RIFF\0\0\0\0WAVE", b"caff\0\1\0\0"])
+def test_chunks_of_nothing_before_the_samples_are_not_all_walked(head, monkeypatch):
+    monkeypatch.setattr(containers, "MOST_CHUNKS_BEFORE", 100)
+    file = Counted(head + bytes(1 << 20), most=300)
+    (part,) = containers.parts(file)
+    assert (part.start, part.stop) == (0, len(head) + (1 << 20)) and file.reads > 100
+
+
 HEADS = (
     b"RIFF\0\0\0\0WAVE", b"RIFX\0\0\0\0WAVE", b"RF64\0\0\0\0WAVE", b"FORM\0\0\0\0AIFF", b"OggS", b"fLaC", b"ID3",
     b"\xff\xfb", b".snd", b"caff\0\1", b"riff\x2e\x91\xcf\x11",

@@ -131,6 +131,21 @@ def test_captured_steps_give_the_same_ids(
     assert 2 <= tape.captures <= 3, "a bound each: the dialogue outgrows the first"
 
 
+def test_no_more_captured_steps_are_kept_than_may_be(fresh: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not used for longest goes, and is captured again when it is needed."""
+    monkeypatch.setattr(decode, "MOST_REPLAYS", 2)
+    expected = [answers(fresh, [ENGLISH], sampling=Sampling(window=window)) for window in (3, 9, 17, 3)]
+    fresh.capture = tape = Tape()
+    running = Engine(fresh, 1)
+    found = []
+    for window in (17, 3, 9, 17, 17, 3):  # the buffers are as wide as any needs from the first one on
+        chat = Session(fresh, mode="a2t", max_new_tokens=24, sampling=Sampling(window=window), engine=running)
+        found.append([chat.say(ENGLISH).tokens])
+        assert len(running._decoder._replays) <= 2
+    assert found == [expected[i] for i in (2, 0, 1, 2, 2, 0)]
+    assert tape.captures == 5
+
+
 def test_the_tape_repeats_and_does_not_rerun() -> None:
     assert frozen(Tape()).item() == 2.0
     with pytest.raises(AssertionError, match="would wait"):
