@@ -61,12 +61,22 @@ BaseAudioContext.prototype.createScriptProcessor = function (...given) {
 };
 """
 
-# What a microphone gives goes through a worklet, too, which keeps it. It is there before the page's own, and hears the
-# first sample. Pages that browsers do not trust have neither.
+# What the page's worklet of the microphone is given, a second one of the same scope keeps: from the first sample,
+# whenever a busy browser connects the two. Pages that browsers do not trust have neither.
 EAR = """
-const ear = URL.createObjectURL(new Blob([`registerProcessor("ear", class extends AudioWorkletProcessor {
-  process([[samples]]) {
-    if (samples) this.port.postMessage(samples.slice());
+const ear = URL.createObjectURL(new Blob([`
+const given = [];
+const register = registerProcessor;
+const overheard = (Kind) => class extends Kind {
+  process(inputs, ...rest) {
+    if (inputs[0].length) given.push(inputs[0][0].slice());
+    return super.process(inputs, ...rest);
+  }
+};
+globalThis.registerProcessor = (name, Kind) => register(name, name === "capture" ? overheard(Kind) : Kind);
+register("ear", class extends AudioWorkletProcessor {
+  process() {
+    for (const samples of given.splice(0)) this.port.postMessage(samples);
     return true;
   }
 });`], { type: "text/javascript" }));
@@ -81,11 +91,9 @@ MediaStreamAudioSourceNode.prototype.connect = function (...given) {
   const node = new AudioWorkletNode(this.context, "ear", { numberOfOutputs: 0 });
   window.ear = { rate: this.context.sampleRate, samples: [] };
   node.port.onmessage = ({ data }) => window.ear.samples.push(...data);
-  plug.call(this, node);
   return plug.apply(this, given);
 };
 """
-QUANTUM = 128  # samples that a browser computes at a time
 
 
 def launch(kind: BrowserType, *flags: str) -> Browser:
@@ -160,7 +168,7 @@ class Talker:
         return self.replies.nth(number)
 
     def microphone(self) -> tuple[np.ndarray, int]:
-        """All samples of the microphone since it was opened, float32, and their rate."""
+        """All samples that the page was given of the microphone since it was opened, float32, and their rate."""
         ear = self.page.evaluate("window.ear")
         return np.array(ear["samples"], np.float32), ear["rate"]
 
