@@ -31,6 +31,7 @@ decode_attention = native.decode_attention
 step_mask = native.step_mask
 masked_decode_attention = native.masked_decode_attention
 conv_weight = native.conv_weight
+transformed_weight = native.transformed_weight
 conv1d = native.conv1d
 conv_transpose1d = native.conv_transpose1d
 anti_aliased_snake = native.anti_aliased_snake

@@ -148,6 +148,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def transformed_weight(self, weight: Tensor, stride: int, groups: int) -> Tensor | None:
+        """Return a second form of a weight from conv_weight, with which conv1d needs fewer products, None without one.
+
+        Called once, after loading.
+        """
+        ...
+
     def conv1d(
         self,
         x: Tensor,
@@ -157,10 +164,11 @@ class Kernels(Protocol):
         padding: int = 0,
         dilation: int = 1,
         groups: int = 1,
+        transformed: Tensor | None = None,
     ) -> Tensor:
         """Return the 1-D convolution as torch.nn.functional.conv1d, in x's dtype: [B, C_out, L_out]. x: [B, C_in, L].
 
-        The products run in the dtype of the weight, or in a wider one.
+        The products run in the dtype of the weight, or in a wider one. transformed: what transformed_weight returned.
         """
         ...
 

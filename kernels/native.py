@@ -213,6 +213,10 @@ def _grouped_attention(
     return out.reshape(num_slots, num_heads, head_dim)
 
 
+def transformed_weight(weight: Tensor, stride: int, groups: int) -> Tensor | None:
+    return None
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -221,6 +225,7 @@ def conv1d(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    transformed: Tensor | None = None,
 ) -> Tensor:
     """On the CPU bfloat16 with the channels innermost, as oneDNN wants it: up to four times as fast."""
     wide = product_dtype(weight.dtype, x.device)

@@ -243,6 +243,11 @@ def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
+def transformed_weight(weight: Tensor, stride: int, groups: int) -> Tensor | None:
+    """None: the device's convolutions take the weight alone."""
+    return None
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -251,6 +256,7 @@ def conv1d(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    transformed: Tensor | None = None,
 ) -> Tensor:
     """Computed as conv_weight says, whether it was asked before or not."""
     _check_length(x)

@@ -119,6 +119,10 @@ def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight
 
 
+def transformed_weight(weight: Tensor, stride: int, groups: int) -> Tensor | None:
+    return None
+
+
 def conv1d(
     x: Tensor,
     weight: Tensor,
@@ -127,6 +131,7 @@ def conv1d(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    transformed: Tensor | None = None,
 ) -> Tensor:
     wide = None if bias is None else bias.float()
     return F.conv1d(x.float(), weight.float(), wide, stride, padding, dilation, groups).to(x.dtype)

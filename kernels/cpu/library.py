@@ -15,6 +15,7 @@ FILE = Path(__file__).with_name("libcovo.so")
 LIMIT = "COVO_MAX_CPU_ISA"  # environment: the best instruction set that may serve, as ONEDNN_MAX_CPU_ISA is for oneDNN
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}  # the enum of covo.h
 HEAD_DIMS = 32  # attention takes heads of a multiple of that
+WINOGRAD_POINTS, MOST_DILATION = 7, 16  # POINTS and MOST_DILATION of covo.h
 
 Pointer, Long = ctypes.c_void_p, ctypes.c_long
 
@@ -33,6 +34,13 @@ class _Snake(ctypes.Structure):
 
     _fields_ = [(name, Pointer) for name in ("x", "alpha", "inverse_beta", "up", "down", "y")]
     _fields_ += [(name, Long) for name in ("rows", "C", "N")] + [(name, ctypes.c_int) for name in ("starts", "ends")]
+
+
+class _Winograd(ctypes.Structure):
+    """The struct Winograd of covo.h."""
+
+    _fields_ = [(name, Pointer) for name in ("signal", "products", "bias")]
+    _fields_ += [(name, Long) for name in ("B", "C", "N", "tiles", "dilation")]
 
 
 @functools.cache
@@ -62,6 +70,8 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.covo_attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Attend)]
     loaded.covo_snake.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Snake)]
+    loaded.covo_winograd_signal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Winograd)]
+    loaded.covo_winograd_results.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Winograd)]
     loaded.covo_use_team(_openmp_team())
     return loaded
 
@@ -210,6 +220,28 @@ def anti_aliased_snake(
     pointers = [x.data_ptr(), alpha.data_ptr(), inverse_beta.data_ptr(), *map(ctypes.addressof, taps), y.data_ptr()]
     job = _Snake(*pointers, slots * channels, channels, length, starts, ends)
     library().covo_snake(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return y
+
+
+def winograd_signal(best: str, x: Tensor, tiles: int, dilation: int) -> Tensor:
+    """Return the transformed signal [B, WINOGRAD_POINTS, C, tiles], float32. x: [B, C, N]; after it zeros follow.
+
+    tiles is a multiple of dilation, which is at most MOST_DILATION; see csrc/winograd.h.
+    """
+    x = x.contiguous()
+    products = x.new_empty(x.shape[0], WINOGRAD_POINTS, x.shape[1], tiles)
+    job = _Winograd(x.data_ptr(), products.data_ptr(), None, *x.shape, tiles, dilation)
+    library().covo_winograd_signal(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return products
+
+
+def winograd_results(best: str, products: Tensor, bias: Tensor | None, length: int, dilation: int) -> Tensor:
+    """Return [B, C, length], at most 4 * tiles long, plus the bias [C]. products: [B, WINOGRAD_POINTS, C, tiles]."""
+    slots, _, channels, tiles = products.shape
+    products, bias = products.contiguous(), None if bias is None else bias.contiguous()
+    y = products.new_empty(slots, channels, length)
+    job = _Winograd(y.data_ptr(), products.data_ptr(), _address(bias), *y.shape, tiles, dilation)
+    library().covo_winograd_results(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
     return y
 
 

@@ -119,7 +119,8 @@ class LayerNorm(nn.Module):
 class Conv1d(Derived):
     """The parameters and strides of a 1-D convolution. weight: [C_out, C_in // groups, kernel].
 
-    After loading weight and bias are as the backend wants them, which may be another dtype: see Kernels.conv_weight.
+    After loading weight and bias are as the backend wants them, which may be another dtype, and a second form of the
+    weight may stand beside it: see Kernels.conv_weight and Kernels.transformed_weight.
     """
 
     def __init__(
@@ -132,13 +133,18 @@ class Conv1d(Derived):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.weight = parameter(out_channels, in_channels // groups, kernel_size)
         self.bias = parameter(out_channels)
+        self.transformed: Tensor | None
+        self.register_buffer("transformed", None, persistent=False)
 
     def derive(self) -> None:
         dtype = self.products or self.weight.dtype
         self.weight.data, self.bias.data = (self.kernels.conv_weight(x.data, dtype) for x in (self.weight, self.bias))
+        self.transformed = self.kernels.transformed_weight(self.weight.data, self.stride, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.kernels.conv1d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.transformed
+        )
 
 
 class ConvTranspose1d(nn.Module):

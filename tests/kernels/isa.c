@@ -1,7 +1,7 @@
 /* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
  * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
  *
- * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations" or "neon_bf16: not executed here".
+ * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions" or "neon_bf16: not executed here".
  * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
  */
 #include <stdio.h>
@@ -17,6 +17,8 @@ int covo_decode_attention(int i, int threads, const void *query, const void *key
                           const long *lengths, void *out, int type, long B, long H, long G, long K_max, long D,
                           float scale);
 void covo_snake(int i, int threads, const Snake *t);
+void covo_winograd_signal(int i, int threads, const Winograd *t);
+void covo_winograd_results(int i, int threads, const Winograd *t);
 
 static const char *TYPES[] = {"bfloat16", "float16", "float32", "int8"};
 static const double EPSILON[] = {0x1p-8, 0x1p-11, 0x1p-24}; /* of one rounding */
@@ -169,6 +171,50 @@ static int snake(int i, long N, int starts, int ends) {
   return 1;
 }
 
+/* A convolution of four taps in double between the two transforms. */
+static int winograd(int i, long N, long dilation) {
+  enum { C = 3, ROWS = 6 };
+  static const double VALUES[POINTS][4] = {{1, 0, 0, 0}, {2, 2, 2, 2}, {4, -4, 4, -4}, {8, 4, 2, 1}, {16, -8, 4, -2},
+                                           {4, 8, 16, 32}, {0, 0, 0, 1}};
+  static const double SHARES[POINTS] = {1, 3, 9, 9, 15, 45, 1};
+  const long L = N + 3 * dilation, tiles = (N + 4 * dilation - 1) / (4 * dilation) * dilation;
+  float *x = malloc((size_t)(ROWS * L) * 4), *y = malloc((size_t)(ROWS * N) * 4), bias[C];
+  float *products = malloc((size_t)(ROWS * POINTS * tiles) * 4);
+  double taps[C][4];
+  for (long j = 0; j < ROWS * L; j++) x[j] = (float)normal();
+  for (int c = 0; c < C; c++) {
+    bias[c] = (float)normal();
+    for (int k = 0; k < 4; k++) taps[c][k] = normal();
+  }
+  covo_winograd_signal(i, 3, &(Winograd){x, products, NULL, ROWS / C, C, L, tiles, dilation});
+  for (long j = 0; j < ROWS * POINTS * tiles; j++) {
+    const long c = j / tiles % C, q = j / tiles / C % POINTS;
+    const double *v = VALUES[q], *w = taps[c];
+    products[j] = (float)(products[j] * (v[0] * w[0] + v[1] * w[1] + v[2] * w[2] + v[3] * w[3]) / SHARES[q]);
+  }
+  covo_winograd_results(i, 3, &(Winograd){y, products, bias, ROWS / C, C, N, tiles, dilation});
+  double worst = 0, mistake = 0;
+  for (long r = 0; r < ROWS; r++)
+    for (long n = 0; n < N; n++) {
+      const double *w = taps[r % C], last = w[3] * x[r * L + n + 3 * dilation];
+      const float *from = x + r * L + n;
+      const double exact = bias[r % C] + w[0] * from[0] + w[1] * from[dilation] + w[2] * from[2 * dilation] + last;
+      const double size = fabs(w[0]) + fabs(w[1]) + fabs(w[2]) + fabs(w[3]);
+      /* the transforms round up to seven terms each, at most 41 times the largest sample, 6, and the taps */
+      const double bound = 0x1p-24 * 16 * 41 * 6 * (size + fabs(bias[r % C])), found = y[r * N + n];
+      const double off = fabs(found - exact) / bound, without = fabs(found - exact + last) / bound;
+      worst = worst < off ? off : worst; /* no fmax: gcc 12 fails for Arm over two of them in such a loop */
+      mistake = mistake < without ? without : mistake;
+    }
+  if (worst > 1 || mistake <= 1) {
+    printf("%s: convolution of %ld, dilation %ld: %.3g of the bound, without the last tap %.3g\n", covo_set_name(i), N,
+           dilation, worst, mistake);
+    faults++;
+  }
+  free(x), free(y), free(products);
+  return 1;
+}
+
 int main(void) {
   static const long SIZES[][3] = {{1, 5, 7},   {1, 64, 64}, {2, 33, 100}, {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},
                                   {11, 40, 333}, {16, 64, 96}, {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
@@ -190,7 +236,10 @@ int main(void) {
       attentions += attention(i, type, 2, 5, 1, 32, (const long[]){1, 40});
     }
     int snakes = snake(i, 1, 1, 1) + snake(i, 20, 1, 0) + snake(i, 300, 0, 1) + snake(i, 600, 0, 0) + snake(i, 513, 1, 1);
-    printf("%s: %d products, %d attentions, %d activations\n", covo_set_name(i), products, attentions, snakes);
+    int convolutions = winograd(i, 1, 1) + winograd(i, 1050, 1) + winograd(i, 127, 3) + winograd(i, 1111, 5) +
+                       winograd(i, 3000, 16) + winograd(i, 40, 2);
+    printf("%s: %d products, %d attentions, %d activations, %d convolutions\n", covo_set_name(i), products, attentions,
+           snakes, convolutions);
   }
   if (faults) printf("%d faults\n", faults);
   return faults != 0;

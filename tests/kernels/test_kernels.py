@@ -111,8 +111,9 @@ def test_the_products_of_a_convolution_may_run_in_another_dtype(backend: Any) ->
 
 
 def test_every_function_of_the_contract_has_a_case() -> None:
-    # masks are made for what takes them, conv_weight for conv1d: tested with it
-    assert {case.function for case in CASES} | {"key_mask", "step_mask", "conv_weight"} == set(select.FUNCTIONS)
+    # masks are made for what takes them, forms of weights for conv1d: tested with it, and in test_winograd.py
+    prepared = {"key_mask", "step_mask", "conv_weight", "transformed_weight"}
+    assert {case.function for case in CASES} | prepared == set(select.FUNCTIONS)
     for backend in BACKENDS:
         assert all(callable(getattr(backend, function)) for function in select.FUNCTIONS)
         as_kernels: interface.Kernels = backend

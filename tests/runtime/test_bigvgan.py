@@ -13,6 +13,8 @@ from runtime.speech_sizes import SMALL, small_token2wav, small_voice
 from torch import Tensor
 
 from covo_npu.kernels import native
+from covo_npu.kernels.cpu import CPU
+from covo_npu.kernels.interface import Kernels
 from covo_npu.runtime.networks import bigvgan
 from covo_npu.runtime.networks.bigvgan import BigVGAN, Stream, StreamConv1d
 from covo_npu.runtime.token2wav import SpeechDtypes
@@ -59,16 +61,17 @@ def test_as_the_plain_formulation(networks, vocoder: BigVGAN, frames: int) -> No
     assert expected.std() > 0.005 and expected.abs().max() < 0.9  # neither silent nor saturated
 
 
-def test_a_stage_of_the_real_size_as_the_plain_formulation() -> None:
+@pytest.mark.parametrize(("kernels", "frames"), [(native, 7), (CPU(), 31)], ids=["native", "by Winograd's way"])
+def test_a_stage_of_the_real_size_as_the_plain_formulation(kernels: Kernels, frames: int) -> None:
     """The first stage: 1536 to 768 channels, rate 5."""
     real = replace(FULL.vocoder, upsample_rates=(5,), upsample_kernel_sizes=(10,))
-    networks = random_token2wav(replace(SMALL, vocoder=real), native)
-    x = latents(1, 1536, 7)
+    networks = random_token2wav(replace(SMALL, vocoder=real), kernels)
+    x = latents(1, 1536, frames)
     stream = Stream()
     stream.ends = True
     found = networks.vocoder.stages[0](x, networks.vocoder.filters, stream)
     expected = StockToken2Wav(networks, small_voice()).stage(0, 5, x)
-    assert found.shape == (1, 768, 35)
+    assert found.shape == (1, 768, 5 * frames)
     assert (found - expected).abs().max() <= 1e-5 * expected.std()  # of a sum over 768 channels
 
 

@@ -75,7 +75,7 @@ def test_no_number_in_the_second_result_is_above_the_bounds(name: str) -> None:
 
 def test_every_kernel_has_a_case() -> None:
     measured = {"masked_attention", "masked_decode_attention"}
-    made_of_others = measured | {"key_mask", "step_mask", "conv_weight"}  # preparations
+    made_of_others = measured | {"key_mask", "step_mask", "conv_weight", "transformed_weight"}  # preparations
     assert {case.function for case in CASES.values()} | made_of_others == set(select.FUNCTIONS)
 
 

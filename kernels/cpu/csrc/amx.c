@@ -296,8 +296,11 @@ static void amx_weigh(const Attention *t, const void *values, long count, float 
 }
 
 static void amx_snake(const Snake *t, long row) { AVX512.snake(t, row); }
+static void amx_winograd_signal(const Winograd *t, long row) { AVX512.winograd_signal(t, row); }
+static void amx_winograd_results(const Winograd *t, long row) { AVX512.winograd_results(t, row); }
 
 const Set AMX = {.name = "amx", .here = amx_here, .serves = amx_serves, .prepared_bytes = amx_prepared_bytes,
                  .prepare = amx_prepare, .units = amx_units, .step = amx_step, .scratch_bytes = amx_scratch_bytes,
-                 .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS, .snake = amx_snake};
+                 .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS, .snake = amx_snake,
+                 .winograd_signal = amx_winograd_signal, .winograd_results = amx_winograd_results};
 #endif

@@ -269,3 +269,31 @@ EXPORT void covo_snake(int i, int threads, const Snake *t) {
   Bending p = {.set = SETS[i], .snake = t};
   if (snake_length(t) > 0) covo_parallel(bend, &p, (int)smaller(smaller(threads, MAX_THREADS), t->rows));
 }
+
+/* --- Convolutions by Winograd's way ---------------------------------------------------------------------------------- */
+
+typedef struct {
+  void (*transform)(const Winograd *, long row);
+  const Winograd *winograd;
+  long next_row;
+} Transforming;
+
+static void transform(void *job) {
+  Transforming *p = job;
+  const long rows = p->winograd->B * p->winograd->C;
+  long row;
+  while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < rows) p->transform(p->winograd, row);
+}
+
+static void transform_rows(void (*by)(const Winograd *, long), const Winograd *t, int threads) {
+  Transforming p = {.transform = by, .winograd = t};
+  if (t->B * t->C * t->tiles > 0) covo_parallel(transform, &p, (int)smaller(smaller(threads, MAX_THREADS), t->B * t->C));
+}
+
+/* Write t->products, or t->signal, see Winograd, with set number i. */
+EXPORT void covo_winograd_signal(int i, int threads, const Winograd *t) {
+  transform_rows(SETS[i]->winograd_signal, t, threads);
+}
+EXPORT void covo_winograd_results(int i, int threads, const Winograd *t) {
+  transform_rows(SETS[i]->winograd_results, t, threads);
+}

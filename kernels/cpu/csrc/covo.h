@@ -66,6 +66,18 @@ typedef struct {
 
 INLINE long snake_length(const Snake *t) { return t->N - SNAKE_CONTEXT * (!t->starts + !t->ends); }
 
+/* A convolution by Winograd's way, see winograd.h, float32: signal[B, C, N] and products[B, POINTS, C, tiles]. tiles is a
+ * multiple of dilation, which is at most MOST_DILATION. The signal is read and the products are written, or the other way
+ * round, then with bias[C], which may be NULL; N is at most 4 * tiles when it is written. */
+typedef struct {
+  float *signal, *products;
+  const float *bias;
+  long B, C, N, tiles, dilation;
+} Winograd;
+
+#define POINTS 7
+#define MOST_DILATION 16
+
 /* How a set attends. A unit of the work is the queries [first, last) of head h, first a multiple of `step`. */
 typedef struct {
   long step;
@@ -90,6 +102,7 @@ typedef struct {
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
   const Attends *attends; /* attention of many queries, NULL without it */
   void (*snake)(const Snake *, long row);
+  void (*winograd_signal)(const Winograd *, long row), (*winograd_results)(const Winograd *, long row);
 } Set;
 
 extern const Attends AMX_ATTENDS, AVX512_BF16_ATTENDS;

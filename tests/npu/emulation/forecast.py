@@ -57,6 +57,7 @@ FORECAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode_attention": (_ATTENTION, _PLAIN_ATTENTION),
     "masked_decode_attention": (("aten::logical_not", *_ATTENTION), _PLAIN_ATTENTION),
     "conv_weight": ((), ()),  # once, when weights are filled
+    "transformed_weight": ((), ()),
     "conv1d": (("aten::_to_copy", "aten::convolution float32"), ("aten::convolution",)),
     # as products where npu.transposes_slowly, which is so at the sizes of the preset tiny
     "conv_transpose1d": (("aten::_to_copy", "aten::add_ float32"), ("aten::add_",)),
