@@ -22,7 +22,7 @@ from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
 from covo_npu.convert.shards import read_shards
 from covo_npu.runtime import output
-from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
+from covo_npu.runtime.checkpoint.format import FILE_NAMES, CheckpointError, read_manifest
 from covo_npu.tools.process import SAFE_PATH
 
 CONVERT = Path(sys.executable).with_name("covo-convert")
@@ -257,6 +257,22 @@ def test_force_does_not_remove_what_is_no_checkpoint(tiny_source: Path, convert:
     outcome = convert(tiny_source, "--force")
     assert outcome.code == 1 and "holds something else than a converted checkpoint" in outcome.err
     assert (tmp_path / "target" / "thesis.tex").exists()
+
+
+def test_force_does_not_remove_what_somebody_put_beside_a_checkpoint(
+    tiny_source: Path, convert: Callable, older: Path, tmp_path: Path
+):
+    shutil.copytree(older, tmp_path / "target")
+    (tmp_path / "target" / "replies").mkdir()
+    (tmp_path / "target" / "my.safetensors").write_text("a week of training")
+    outcome = convert(tiny_source, "--force")
+    assert outcome.code == 1 and "else than a converted checkpoint: my.safetensors; replies; --force" in outcome.err
+    assert (tmp_path / "target" / "my.safetensors").exists() and (tmp_path / "target" / "replies").exists()
+
+
+def test_all_files_that_a_checkpoint_may_have_are_known(convert_tiny: Callable):
+    names = [path.name for path in convert_tiny("float32", 2).iterdir()]
+    assert len(names) == 7 and all(map(FILE_NAMES.fullmatch, names))
 
 
 def test_an_empty_folder_is_as_good_as_none(tiny_source: Path, convert: Callable, tmp_path: Path):
