@@ -25,6 +25,8 @@ from source_edits import (
     truncate,
 )
 
+OTHER = VALUES.replace("layers.1", "layers.2")  # of the same shape, in the same shard
+
 # name: (damage to the source folder, parts that the message must have)
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (lambda s: (s / CONFIG).unlink(), ["config.json: no such file"]),
@@ -92,6 +94,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a header of another shape": (
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(shape=[1, 2])),
         [f"header: {VALUES}: offsets do not fit its shape [1, 2]"],
+    ),
+    "a header of tensors in one place": (
+        lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(data_offsets=h[OTHER]["data_offsets"])),
+        ["shards are damaged (1)", f"{SHARDS[3]}: header: {VALUES} and {OTHER} overlap: a download that ended early"],
     ),
     "FP8": (
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(dtype="F8_E4M3")),
