@@ -105,6 +105,13 @@ def test_tensors_that_the_index_lists_and_nothing_needs_are_left_out_too(source:
     assert left["llm.model.rotary_emb"]["reason"] == "derived: computed from the sizes"
 
 
+def test_tensors_that_are_left_out_for_several_reasons_are_all_counted(source: Path, convert):
+    edit_shard(source / SHARDS[0], lambda t: t.update({f"head.{name}": torch.ones(2, 500) for name in "abc"}))
+    edit_json(source / INDEX, lambda i: i["weight_map"].update({"head.b": SHARDS[0]}))
+    reasons = "not needed, and the index does not list it; not needed for inference"
+    assert f"left out: head.* 3 tensors, 0.01 MB ({reasons})" in convert(source, "--dry-run").out
+
+
 # --- dtypes
 
 
