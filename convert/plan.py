@@ -209,7 +209,10 @@ def recipes(
 
 
 def left_out(tensors: Mapping[str, SourceTensor], used: set[str]) -> dict[str, LeftOut]:
-    """Return what is not used, by the shortest prefix that no used tensor shares; numbers before its end read `{}`."""
+    """Return what is not used, by the shortest prefix that no used tensor shares; numbers before its end read `{}`.
+
+    What no manifest may hold is escaped: a name with a line feed, with half a character.
+    """
     needed = {name[:end] for name in used for end in (i for i, char in enumerate(name) if char == ".")}
     groups: dict[str, list[SourceTensor]] = defaultdict(list)
     why: dict[str, dict[str, None]] = defaultdict(dict)
@@ -218,7 +221,7 @@ def left_out(tensors: Mapping[str, SourceTensor], used: set[str]) -> dict[str, L
             words = name.split(".")
             prefixes = (".".join(words[: n + 1]) for n in range(len(words)))
             prefix = next((p for p in prefixes if p not in needed), name)
-            label = re.sub(r"\.\d+(?=\.)", ".{}", prefix)
+            label = re.sub(r"\.\d+(?=\.)", ".{}", prefix if prefix.isprintable() else ascii(prefix)[1:-1])
             reasons = (reason for pattern, reason in rules.LEFT_OUT if fnmatch.fnmatchcase(name, pattern))
             why[label][next(reasons, rules.NOT_NEEDED) if tensor.listed else rules.NOT_LISTED] = None
             groups[label].append(tensor)
