@@ -195,6 +195,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda s: np.save(s / "token2wav" / "global_mean_var.npy", np.ones(9, np.float32)),
         ["global_mean_var: expected [16], found [9] in token2wav/global_mean_var.npy"],
     ),
+    "a pickle of a tensor without values, and of a sparse one": (
+        lambda s: edit_pickle(
+            s / PICKLE,
+            lambda m: m.update({"wavegan.conv_pre.bias": torch.zeros(128).to("meta"), "x": torch.eye(2).to_sparse()}),
+        ),
+        ["tensors are missing (1)", "wavegan.conv_pre.bias: expected [128]"],
+    ),
     "no statistics": (lambda s: (s / "token2wav" / "global_mean_var.npy").unlink(), ["global_mean_var.npy"]),
     "an array that is a pickle": (
         lambda s: (s / "token2wav" / "global_mean_var.npy").write_bytes(pickle.dumps([1.0])),
