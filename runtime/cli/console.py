@@ -264,7 +264,7 @@ def _message(error: Exception) -> str | None:
     """Return what a user is told of a fault, None if it is ours."""
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, (CovoError, OSError)):
+    if isinstance(error, (CovoError, OSError)) or str(error).startswith("Symlink loop"):  # Path.resolve's RuntimeError
         return str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):  # torch's allocators raise RuntimeErrors
         return f"out of memory: {str(error).partition(chr(10))[0] or 'no more to have'}"

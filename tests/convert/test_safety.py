@@ -293,6 +293,13 @@ def test_a_destination_that_is_a_link_stays_one(tiny_source: Path, convert: Call
     assert (tmp_path / "target").is_symlink() and read_manifest(tmp_path / "real").config.token2wav is not None
 
 
+def test_links_that_lead_to_themselves_are_one_message(tiny_source: Path, convert: Callable, tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for outcome in (convert(tmp_path / "loop"), convert(tiny_source, dst=tmp_path / "loop")):
+        assert outcome.code == 1 and "loop" in outcome.err and outcome.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 @pytest.mark.parametrize("place", ["same", "inside", "around"])
 def test_source_and_destination_may_not_overlap(place: str, source: Path, convert: Callable):
     target = {"same": source, "inside": source / "converted", "around": source.parent}[place]
