@@ -166,9 +166,11 @@ def test_what_a_killed_converter_left_is_cleared(tiny_source: Path, tmp_path: Pa
     stale.mkdir()
     (stale / "llm-rank0of1.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / ".checkpoint.lock").write_text("")  # a lock file that nobody holds
-    (tmp_path / ".checkpoint2.partial-1").mkdir()  # of another destination
+    others = [".checkpoint.partial-2.partial-1", ".checkpoint2.partial-1"]  # of other destinations
+    for name in others:
+        (tmp_path / name).mkdir()
     assert main(["--src", str(tiny_source), "--dst", str(tmp_path / "checkpoint")]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".checkpoint2.partial-1", "checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "checkpoint"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS], ids=errno.errorcode.get)
