@@ -107,6 +107,8 @@ def _check_places(src: Path, dst: Path, force: bool, dry_run: bool) -> None:
         return
     if not target.is_dir():
         raise ConvertError(f"--dst {dst} exists and is not a folder")
+    if os.path.ismount(target):  # an empty volume of a container, for one: known at the end only, by the rename
+        raise ConvertError(f"--dst {dst} is where a file system is mounted: name a folder in it")
     if not any(target.iterdir()):
         return
     if not force:

@@ -331,6 +331,11 @@ def test_a_destination_that_is_a_file(tiny_source: Path, convert: Callable, tmp_
     assert outcome.code == 1 and "is not a folder" in outcome.err
 
 
+def test_a_destination_on_which_a_file_system_is_mounted(tiny_source: Path, convert: Callable):
+    outcome = convert(tiny_source, "--force", dst=Path("/proc"))
+    assert outcome.code == 1 and "/proc is where a file system is mounted" in outcome.err
+
+
 def test_checkpoints_are_readable_by_all_whatever_the_umask(tiny_source: Path, convert: Callable, tmp_path: Path):
     before = os.umask(0o077)
     try:
