@@ -83,8 +83,12 @@ def _build(folder: Path) -> bytes:
 
     try:
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ConvertError(f"{folder}: no tokenizer can be built from {', '.join(SLOW_FILES)} ({error})") from error
+    except BaseException as error:
+        if not is_damage(error):
+            raise
+        raise ConvertError(
+            f"{folder}: no tokenizer can be built from {', '.join(SLOW_FILES)} ({error}); download them again"
+        ) from error
     return str(tokenizer.backend_tokenizer.to_str(pretty=True)).encode()
 
 
