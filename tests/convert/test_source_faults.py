@@ -250,6 +250,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda s: edit_json(s / CONFIG, lambda c: c.update(audio_token_index=500)),
         ["the number of tokens is not where the audio codes start", "expected audio_token_index of config.json, 500"],
     ),
+    "a tokenizer with an id among the audio codes": (
+        lambda s: edit_json(s / "tokenizer.json", lambda t: t["model"]["vocab"].update(e=600)),
+        ["the number of tokens is not where the audio codes start (1)", "545; found 545 tokens, the last 600"],
+    ),
     "special tokens missing": (
         lambda s: [
             edit_json(
