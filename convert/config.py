@@ -82,6 +82,7 @@ FIXED_MODEL = {
     },
     "encoder_config.activation_function": "gelu",
     "encoder_config.scale_embedding": False,
+    "encoder_config.max_source_positions": 1500,  # the encoder frames of the 30 s that a segment has
 }
 # Where a config may state the base of the rotations; all that do must agree.
 ROPE_THETA = ("llm_config.rope_theta", "llm_config.rope_parameters.rope_theta", "llm_config.rope_scaling.rope_theta")
