@@ -461,8 +461,9 @@ def test_stages_of_something_else_are_refused(convert_tiny, saved, tmp_path):
     with pytest.raises(CovoError, match="the checkpoint is not that of the file"):
         check_stages.run(on("cpu", convert_tiny("bfloat16")), against=saved)
     (tmp_path / "rubbish").write_bytes(b"rubbish" * 100)
-    for path in (tmp_path / "rubbish", convert_tiny("float32") / "encoder.safetensors"):
-        with pytest.raises(CovoError, match="not a file of `covo-check stages --save`"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "rubbish", convert_tiny("float32") / "encoder.safetensors", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(CovoError, match=f"{path}: .*(not a|no such) file of `covo-check stages --save`"):
             check_stages.run(subject, against=path)
 
 

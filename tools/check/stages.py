@@ -217,6 +217,8 @@ def save(path: Path, stages: Stages, origin: Origin) -> None:
 
 def load(path: Path) -> tuple[Stages, Origin]:
     """Return what `save` wrote. Raises CheckError if the file is not of that kind."""
+    if not path.is_file():  # before the open: opening a pipe would wait for ever
+        raise CheckError(f"{path}: no such file of `covo-check stages --save`")
     try:
         with safe_open(path, "pt") as file:
             data = file.metadata() or {}
