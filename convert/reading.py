@@ -124,9 +124,10 @@ class TensorReader:
         tensor = self.tensor
         try:
             self._reading.file(tensor.path).read_into(view, tensor.offset + self._at)
-        except EOFError as error:
+        except (EOFError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConvertError(
-                f"{tensor.path}: {error} while {tensor.name} is read; was the file changed meanwhile?"
+                f"{tensor.path}: {reason} while {tensor.name} is read; was the file changed, or does its disk fail?"
             ) from error
 
 

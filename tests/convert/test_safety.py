@@ -140,6 +140,20 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tiny_source: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), EOFError("ends at 4096")], ids=str)
+def test_a_source_that_cannot_be_read_to_its_end_is_named(
+    error: Exception, tiny_source: Path, convert: Callable, tmp_path: Path, monkeypatch
+):
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stream.SourceFile, "read_into", fails)
+    outcome = convert(tiny_source)
+    assert outcome.code == 1 and "while llm.model.embed_tokens.weight is read" in outcome.err
+    assert f"{tiny_source / 'model-00002-of-00004.safetensors'}: {error.args[-1]} " in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_free_space_is_checked_before_anything_is_written(tiny_source: Path, tmp_path: Path, monkeypatch, capfd):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70_000_000))
