@@ -99,7 +99,7 @@ def _load(path: Path) -> object:
         raise ConvertError(
             f"{path}: refused, nothing in it was run: the pickle wants more than tensors ({_reason(error)})"
         ) from error
-    except (RuntimeError, ValueError, EOFError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # IndexError, struct.error: damage raises whatever its codes run into
         raise ConvertError(
             f"{path}: not a readable torch file ({_reason(error)}): {DAMAGED}, or the format from before torch 1.6"
         ) from error

@@ -166,6 +166,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ),
         ["model.pt: not a readable torch file"],
     ),
+    "a pickle with a damaged byte": (
+        lambda s: (s / PICKLE).write_bytes((s / PICKLE).read_bytes().replace(b"}q", b"tq", 1)),
+        ["model.pt: not a readable torch file"],
+    ),
     "a pickle of something else": (lambda s: torch.save([1, 2], s / PICKLE), ["found no tensors"]),
     "a pickle without a tensor": (
         lambda s: edit_pickle(
