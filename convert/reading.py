@@ -132,7 +132,10 @@ class TensorReader:
 
 
 class CastReader:
-    """The bytes of one source tensor in a dtype, rounded to nearest even; as they are if it is their own."""
+    """The bytes of one source tensor in a dtype, rounded to nearest even; as they are if it is their own.
+
+    F64 is rounded to F32 first, as PyTorch has it.
+    """
 
     def __init__(self, tensor: SourceTensor, dtype: str, reading: Reading) -> None:
         self._reader, self._reading, self._tensor, self._dtype = TensorReader(tensor, reading), reading, tensor, dtype
