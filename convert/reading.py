@@ -30,7 +30,7 @@ ONLY_ZEROS = (
     "A download that did not end leaves zeros; download the files again. If the model was trained like this: "
     "--allow-zeros."
 )
-TOO_LARGE = "Choose another --dtype: bfloat16 and float32 hold them."
+TOO_LARGE = "Choose another --dtype: bfloat16 and float32 hold what is below 3.3e38. What is larger is damage."
 
 
 @dataclass(slots=True)
