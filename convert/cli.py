@@ -10,7 +10,8 @@ import click
 
 from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
-from covo_npu.runtime.checkpoint.format import INT8, MANIFEST, is_checkpoint
+from covo_npu.kernels.errors import listed
+from covo_npu.runtime.checkpoint.format import FILE_NAMES, INT8, MANIFEST, is_checkpoint
 from covo_npu.runtime.cli import console, options
 from covo_npu.runtime.options import DTYPES
 
@@ -106,13 +107,17 @@ def _check_places(src: Path, dst: Path, force: bool, dry_run: bool) -> None:
         return
     if not target.is_dir():
         raise ConvertError(f"--dst {dst} exists and is not a folder")
+    if os.path.ismount(target):  # an empty volume of a container, for one: known at the end only, by the rename
+        raise ConvertError(f"--dst {dst} is where a file system is mounted: name a folder in it")
     if not any(target.iterdir()):
         return
     if not force:
         raise ConvertError(f"--dst {dst} exists; --force replaces it once the new checkpoint is complete")
-    if not is_checkpoint(target):
+    others = sorted(path.name for path in target.iterdir() if not FILE_NAMES.fullmatch(path.name))
+    if others or not is_checkpoint(target):
+        named = f": {listed(others)}" if others else ""
         raise ConvertError(
-            f"--dst {dst} holds something else than a converted checkpoint; --force does not remove that"
+            f"--dst {dst} holds something else than a converted checkpoint{named}; --force does not remove that"
         )
     if not os.access(target, os.W_OK):
         raise ConvertError(f"--dst {dst} is not writable")

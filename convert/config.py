@@ -7,6 +7,7 @@ from typing import Any
 
 from covo_npu.convert.errors import ConvertError, Kind, refuse
 from covo_npu.runtime.checkpoint.config import (
+    LARGEST_INT,
     AdapterConfig,
     DiTConfig,
     EncoderConfig,
@@ -81,6 +82,7 @@ FIXED_MODEL = {
     },
     "encoder_config.activation_function": "gelu",
     "encoder_config.scale_embedding": False,
+    "encoder_config.max_source_positions": 1500,  # the encoder frames of the 30 s that a segment has
 }
 # Where a config may state the base of the rotations; all that do must agree.
 ROPE_THETA = ("llm_config.rope_theta", "llm_config.rope_parameters.rope_theta", "llm_config.rope_scaling.rope_theta")
@@ -235,7 +237,7 @@ class _Fields:
         value = next(iter(found.values()), None)
         stated = ", ".join(f"{path} = {number!r}" for path, number in found.items())
         self.require(all(number == value for number in found.values()), f"these disagree: {stated}")
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        valid = isinstance(value, float) or (type(value) is int and abs(value) < LARGEST_INT)
         return float(value) if self.require(valid, _expected(" or ".join(paths), "a number", value)) else 1.0  # type: ignore[arg-type]
 
     def list(self, path: str) -> list[Any]:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,8 +76,8 @@ def _clear(destination: Path) -> None:
     retired = _beside(destination, "retired")
     if retired.exists() and not destination.exists():
         retired.rename(destination)
-    start = _beside(destination, "partial-").name
-    for stale in [path for path in destination.parent.iterdir() if path.name.startswith(start) or path == retired]:
+    partial = re.compile(re.escape(_beside(destination, "partial-").name) + r"\d+")
+    for stale in [path for path in destination.parent.iterdir() if partial.fullmatch(path.name) or path == retired]:
         shutil.rmtree(stale)
 
 

@@ -209,21 +209,25 @@ def recipes(
 
 
 def left_out(tensors: Mapping[str, SourceTensor], used: set[str]) -> dict[str, LeftOut]:
-    """Return what is not used, by the shortest prefix that no used tensor shares; numbers before its end read `{}`."""
+    """Return what is not used, by the shortest prefix that no used tensor shares; numbers before its end read `{}`.
+
+    What no manifest may hold is escaped: a name with a line feed, with half a character.
+    """
     needed = {name[:end] for name in used for end in (i for i, char in enumerate(name) if char == ".")}
-    groups: dict[tuple[str, str], list[SourceTensor]] = defaultdict(list)
+    groups: dict[str, list[SourceTensor]] = defaultdict(list)
+    why: dict[str, dict[str, None]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if name not in used:
             words = name.split(".")
             prefixes = (".".join(words[: n + 1]) for n in range(len(words)))
             prefix = next((p for p in prefixes if p not in needed), name)
-            label = re.sub(r"\.\d+(?=\.)", ".{}", prefix)
-            reasons = (why for pattern, why in rules.LEFT_OUT if fnmatch.fnmatchcase(name, pattern))
-            reason = next(reasons, rules.NOT_NEEDED) if tensor.listed else rules.NOT_LISTED
-            groups[label, reason].append(tensor)
+            label = re.sub(r"\.\d+(?=\.)", ".{}", prefix if prefix.isprintable() else ascii(prefix)[1:-1])
+            reasons = (reason for pattern, reason in rules.LEFT_OUT if fnmatch.fnmatchcase(name, pattern))
+            why[label][next(reasons, rules.NOT_NEEDED) if tensor.listed else rules.NOT_LISTED] = None
+            groups[label].append(tensor)
     return {
-        label: LeftOut(len(group), sum(tensor.bytes for tensor in group), reason)
-        for (label, reason), group in sorted(groups.items())
+        label: LeftOut(len(group), sum(tensor.bytes for tensor in group), "; ".join(why[label]))
+        for label, group in sorted(groups.items())
     }
 
 

@@ -30,7 +30,7 @@ ONLY_ZEROS = (
     "A download that did not end leaves zeros; download the files again. If the model was trained like this: "
     "--allow-zeros."
 )
-TOO_LARGE = "Choose another --dtype: bfloat16 and float32 hold them."
+TOO_LARGE = "Choose another --dtype: bfloat16 and float32 hold what is below 3.3e38. What is larger is damage."
 
 
 @dataclass(slots=True)
@@ -124,14 +124,18 @@ class TensorReader:
         tensor = self.tensor
         try:
             self._reading.file(tensor.path).read_into(view, tensor.offset + self._at)
-        except EOFError as error:
+        except (EOFError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConvertError(
-                f"{tensor.path}: {error} while {tensor.name} is read; was the file changed meanwhile?"
+                f"{tensor.path}: {reason} while {tensor.name} is read; was the file changed, or does its disk fail?"
             ) from error
 
 
 class CastReader:
-    """The bytes of one source tensor in a dtype, rounded to nearest even; as they are if it is their own."""
+    """The bytes of one source tensor in a dtype, rounded to nearest even; as they are if it is their own.
+
+    F64 is rounded to F32 first, as PyTorch has it.
+    """
 
     def __init__(self, tensor: SourceTensor, dtype: str, reading: Reading) -> None:
         self._reader, self._reading, self._tensor, self._dtype = TensorReader(tensor, reading), reading, tensor, dtype

@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def _read_listed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Sourc
 def read_header(path: Path, label: str) -> list[SourceTensor]:
     """Return the tensors of a safetensors file in file order.
 
-    Raises ConvertError if the header is damaged or the file has another size than the header says.
+    Raises ConvertError if the header is damaged or the file has another size than the header says. Tensors that overlap
+    are damage that nothing else would show: one of them would get the values of the other.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -196,7 +198,11 @@ def read_header(path: Path, label: str) -> list[SourceTensor]:
         dtype = DTYPES.get(tensor.dtype)
         if tensor.bytes < 0 or (dtype and tensor.bytes != prod(tensor.shape) * dtype.itemsize):
             raise ConvertError(f"{label}: header: {tensor.name}: offsets do not fit its shape {list(tensor.shape)}")
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.bytes))
+    for before, tensor in pairwise(tensors):
+        if tensor.offset < before.offset + before.bytes:
+            raise ConvertError(f"{label}: header: {before.name} and {tensor.name} overlap: {DAMAGED}")
+    return tensors
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -72,14 +72,14 @@ def read_pickle(path: Path, label: str) -> dict[str, SourceTensor]:
     """Return the tensors of a torch pickle, memory-mapped, under the spelling of rules.py.
 
     The pickle holds a state dict, or one under "model". Code in it is never run: one that wants more than tensors is
-    refused.
+    refused. Sparse tensors, and those without values, count as none.
     """
     loaded = _load(path)
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else {}
     found: dict[str, list[str]] = defaultdict(list)
     tensors = {}
     for spelled, value in state.items() if isinstance(state, Mapping) else ():
-        if isinstance(spelled, str) and isinstance(value, Tensor):
+        if isinstance(spelled, str) and isinstance(value, Tensor) and value.layout is torch.strided and value.is_cpu:
             name = _respell(spelled)
             found[name].append(spelled)
             tensors[name] = _in_memory(name, value.detach(), label, path)
@@ -99,7 +99,7 @@ def _load(path: Path) -> object:
         raise ConvertError(
             f"{path}: refused, nothing in it was run: the pickle wants more than tensors ({_reason(error)})"
         ) from error
-    except (RuntimeError, ValueError, EOFError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # IndexError, struct.error: damage raises whatever its codes run into
         raise ConvertError(
             f"{path}: not a readable torch file ({_reason(error)}): {DAMAGED}, or the format from before torch 1.6"
         ) from error

@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path, audio_token_index: int) -> TokenizerFiles:
 
     tokenizer.json is taken as it is, or built from vocab.json and merges.txt; tokens that only tokenizer_config.json
     or added_tokens.json list are added under their ids; truncation and padding are taken out. Raises ConvertError if a
-    special token is missing or the number of tokens is not audio_token_index, the first id of an audio code.
+    special token is missing or the ids do not end before audio_token_index, the first of an audio code.
     """
     extra = tuple(path for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (path := folder / name).is_file())
     if (folder / TOKENIZER).is_file():
@@ -51,13 +51,15 @@ def read_tokenizer(folder: Path, audio_token_index: int) -> TokenizerFiles:
         for token, entry in _added(folder).items()
         if (found := tokenizer.token_to_id(token)) != entry["id"]
     ]
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    count = f"expected audio_token_index of config.json, {audio_token_index}; found {size} tokens"
+    numbers = tokenizer.get_vocab(with_added_tokens=True).values()
+    size, last = len(numbers), max(numbers, default=-1)
+    count = f"expected audio_token_index of config.json, {audio_token_index}; found {size} tokens, the last {last}"
+    fits = size == audio_token_index > last
     refuse(
         f"the tokenizer of {folder}",
         Kind("special tokens are missing", [token for name, token in rules.SPECIAL_TOKENS if ids[name] is None], OTHER),
         Kind("added tokens have another id", wrong, OTHER),
-        Kind("the number of tokens is not where the audio codes start", [count] * (size != audio_token_index), OTHER),
+        Kind("the number of tokens is not where the audio codes start", [count] * (not fits), OTHER),
     )
     return TokenizerFiles(text, {name: i for name, i in ids.items() if i is not None}, files)
 
@@ -83,8 +85,12 @@ def _build(folder: Path) -> bytes:
 
     try:
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ConvertError(f"{folder}: no tokenizer can be built from {', '.join(SLOW_FILES)} ({error})") from error
+    except BaseException as error:
+        if not is_damage(error):
+            raise
+        raise ConvertError(
+            f"{folder}: no tokenizer can be built from {', '.join(SLOW_FILES)} ({error}); download them again"
+        ) from error
     return str(tokenizer.backend_tokenizer.to_str(pretty=True)).encode()
 
 

@@ -142,7 +142,7 @@ def fitting(folder: Path, stem: str, suffix: str) -> Path:
     whole, room = os.fsencode(stem), longest_name(folder) - len(suffix) - SPARE_BYTES
     if len(whole) > room:
         end = room - 9
-        while whole[end] & 0xC0 == 0x80:  # within a character
+        while end and whole[end] & 0xC0 == 0x80:  # within a character
             end -= 1
         stem = f"{os.fsdecode(whole[:end])}~{hashlib.blake2b(whole, digest_size=4).hexdigest()}"
     return folder / f"{stem}{suffix}"

@@ -12,6 +12,8 @@ from covo_npu.kernels.errors import CovoError
 
 T = TypeVar("T")
 
+LARGEST_INT = 2**1023  # beyond, no float stands for it
+
 
 class ConfigError(CovoError):
     """A configuration has an unknown, a missing or an impossible field."""
@@ -178,7 +180,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < LARGEST_INT)):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         if value < 0:

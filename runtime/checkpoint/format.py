@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -38,6 +39,10 @@ TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.safetensors"
 TOKEN2WAV = "token2wav.safetensors"
 PREFIX = "prefix.safetensors"
+# What a checkpoint of any layout may hold.
+FILE_NAMES = re.compile(
+    r"(manifest|tokenizer|generation_config)\.json|(llm-rank\d+of\d+|encoder|token2wav|prefix)\.safetensors"
+)
 
 BLOCK_BYTES = 16 * 2**20  # unit of the checksums
 DATA_ALIGNMENT = 4096  # a page: where the data of a safetensors file starts

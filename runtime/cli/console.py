@@ -37,10 +37,10 @@ class Terminated(BaseException):
 def run(command: click.Command, prog: str, argv: list[str] | None = None) -> int:
     """Return the exit code of a command line: 0 ok, 1 fault, 2 usage, 130 SIGINT, 143 SIGTERM.
 
-    A CovoError, a ClickException, an OSError (no such file, no permission, no space) or a lack of memory becomes one
-    message on stderr; with --verbose among the arguments its traceback stands before it, and the stages are logged
-    with their times. Any other exception is a fault of ours and keeps its traceback. A reader that closes our stdout
-    ends the program quietly.
+    A CovoError, a ClickException, an OSError (no such file, no permission, no space), a loop of links or a lack of
+    memory becomes one message on stderr; with --verbose among the arguments its traceback stands before it, and the
+    stages are logged with their times. Any other exception is a fault of ours and keeps its traceback. A reader that
+    closes our stdout ends the program quietly.
     """
     arguments = sys.argv[1:] if argv is None else argv
     verbose = bool(VERBOSE & set(arguments))
@@ -264,7 +264,7 @@ def _message(error: Exception) -> str | None:
     """Return what a user is told of a fault, None if it is ours."""
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, (CovoError, OSError)):
+    if isinstance(error, (CovoError, OSError)) or str(error).startswith("Symlink loop"):  # Path.resolve's RuntimeError
         return str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):  # torch's allocators raise RuntimeErrors
         return f"out of memory: {str(error).partition(chr(10))[0] or 'no more to have'}"

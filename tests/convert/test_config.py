@@ -70,6 +70,11 @@ REFUSED = {
         "llm_config.rope_scaling.mrope_section: expected None, found [16, 24, 24]",
     ),
     "half a head": (llm(partial_rotary_factor=0.5), "llm_config.partial_rotary_factor: expected 1.0, found 0.5"),
+    "segments of 20 s": (
+        lambda c: c["encoder_config"].update(max_source_positions=1000),
+        "encoder_config.max_source_positions: expected 1500, found 1000: not implemented",
+    ),
+    "no float": (llm(rms_norm_eps=10**309), "llm_config.rms_norm_eps: expected a number, found 10000"),
     "a word": (llm(rope_scaling="yarn"), "llm_config.rope_scaling: expected an object, found 'yarn'"),
     "one a kind of layer": (
         llm(rope_parameters={"full_attention": {"rope_theta": 1e6}}),

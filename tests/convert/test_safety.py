@@ -22,7 +22,7 @@ from covo_npu.convert.errors import ConvertError
 from covo_npu.convert.folder import check_space, new_folder
 from covo_npu.convert.shards import read_shards
 from covo_npu.runtime import output
-from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
+from covo_npu.runtime.checkpoint.format import FILE_NAMES, CheckpointError, read_manifest
 from covo_npu.tools.process import SAFE_PATH
 
 CONVERT = Path(sys.executable).with_name("covo-convert")
@@ -140,6 +140,20 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tiny_source: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), EOFError("ends at 4096")], ids=str)
+def test_a_source_that_cannot_be_read_to_its_end_is_named(
+    error: Exception, tiny_source: Path, convert: Callable, tmp_path: Path, monkeypatch
+):
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stream.SourceFile, "read_into", fails)
+    outcome = convert(tiny_source)
+    assert outcome.code == 1 and "while llm.model.embed_tokens.weight is read" in outcome.err
+    assert f"{tiny_source / 'model-00002-of-00004.safetensors'}: {error.args[-1]} " in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_free_space_is_checked_before_anything_is_written(tiny_source: Path, tmp_path: Path, monkeypatch, capfd):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70_000_000))
@@ -166,9 +180,11 @@ def test_what_a_killed_converter_left_is_cleared(tiny_source: Path, tmp_path: Pa
     stale.mkdir()
     (stale / "llm-rank0of1.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / ".checkpoint.lock").write_text("")  # a lock file that nobody holds
-    (tmp_path / ".checkpoint2.partial-1").mkdir()  # of another destination
+    others = [".checkpoint.partial-2.partial-1", ".checkpoint2.partial-1"]  # of other destinations
+    for name in others:
+        (tmp_path / name).mkdir()
     assert main(["--src", str(tiny_source), "--dst", str(tmp_path / "checkpoint")]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".checkpoint2.partial-1", "checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "checkpoint"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS], ids=errno.errorcode.get)
@@ -259,6 +275,22 @@ def test_force_does_not_remove_what_is_no_checkpoint(tiny_source: Path, convert:
     assert (tmp_path / "target" / "thesis.tex").exists()
 
 
+def test_force_does_not_remove_what_somebody_put_beside_a_checkpoint(
+    tiny_source: Path, convert: Callable, older: Path, tmp_path: Path
+):
+    shutil.copytree(older, tmp_path / "target")
+    (tmp_path / "target" / "replies").mkdir()
+    (tmp_path / "target" / "my.safetensors").write_text("a week of training")
+    outcome = convert(tiny_source, "--force")
+    assert outcome.code == 1 and "else than a converted checkpoint: my.safetensors; replies; --force" in outcome.err
+    assert (tmp_path / "target" / "my.safetensors").exists() and (tmp_path / "target" / "replies").exists()
+
+
+def test_all_files_that_a_checkpoint_may_have_are_known(convert_tiny: Callable):
+    names = [path.name for path in convert_tiny("float32", 2).iterdir()]
+    assert len(names) == 7 and all(map(FILE_NAMES.fullmatch, names))
+
+
 def test_an_empty_folder_is_as_good_as_none(tiny_source: Path, convert: Callable, tmp_path: Path):
     (tmp_path / "target").mkdir()
     assert convert(tiny_source).code == 0
@@ -275,6 +307,13 @@ def test_a_destination_that_is_a_link_stays_one(tiny_source: Path, convert: Call
     (tmp_path / "target").symlink_to("real")
     assert convert(tiny_source, "--force").code == 0
     assert (tmp_path / "target").is_symlink() and read_manifest(tmp_path / "real").config.token2wav is not None
+
+
+def test_links_that_lead_to_themselves_are_one_message(tiny_source: Path, convert: Callable, tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for outcome in (convert(tmp_path / "loop"), convert(tiny_source, dst=tmp_path / "loop")):
+        assert outcome.code == 1 and "loop" in outcome.err and outcome.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 @pytest.mark.parametrize("place", ["same", "inside", "around"])
@@ -304,6 +343,11 @@ def test_a_destination_that_is_a_file(tiny_source: Path, convert: Callable, tmp_
     (tmp_path / "target").write_text("a file")
     outcome = convert(tiny_source, "--force")
     assert outcome.code == 1 and "is not a folder" in outcome.err
+
+
+def test_a_destination_on_which_a_file_system_is_mounted(tiny_source: Path, convert: Callable):
+    outcome = convert(tiny_source, "--force", dst=Path("/proc"))
+    assert outcome.code == 1 and "/proc is where a file system is mounted" in outcome.err
 
 
 def test_checkpoints_are_readable_by_all_whatever_the_umask(tiny_source: Path, convert: Callable, tmp_path: Path):

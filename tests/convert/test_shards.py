@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from source_edits import INDEX, SHARDS, VALUES, edit_json, edit_shard, merge_shards, rewrite_header
+from source_edits import INDEX, PICKLE, SHARDS, VALUES, edit_json, edit_pickle, edit_shard, merge_shards, rewrite_header
 
 from covo_npu.convert.shards import read_shards
 from covo_npu.runtime.checkpoint.format import read_manifest
@@ -103,6 +103,22 @@ def test_tensors_that_the_index_lists_and_nothing_needs_are_left_out_too(source:
     assert convert(source).code == 0 and same_files()
     left = read_manifest(tmp_path / "target").left_out
     assert left["llm.model.rotary_emb"]["reason"] == "derived: computed from the sizes"
+
+
+def test_tensors_that_are_left_out_for_several_reasons_are_all_counted(source: Path, convert):
+    edit_shard(source / SHARDS[0], lambda t: t.update({f"head.{name}": torch.ones(2, 500) for name in "abc"}))
+    edit_json(source / INDEX, lambda i: i["weight_map"].update({"head.b": SHARDS[0]}))
+    reasons = "not needed, and the index does not list it; not needed for inference"
+    assert f"left out: head.* 3 tensors, 0.01 MB ({reasons})" in convert(source, "--dry-run").out
+
+
+@pytest.mark.parametrize("name", ["odd\nname", "no\u00a0break", "half \ud800 a character"])
+def test_odd_names_of_what_is_left_out_are_escaped(name: str, source: Path, convert, tmp_path: Path):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    rewrite_header(source / SHARDS[0], lambda h: h.update({name: empty}))
+    edit_pickle(source / PICKLE, lambda m: m.update({f"{name}.weight": torch.ones(2)}))
+    assert convert(source).code == 0
+    assert read_manifest(tmp_path / "target").left_out[ascii(name)[1:-1]]["tensors"] == 2
 
 
 # --- dtypes

@@ -25,6 +25,8 @@ from source_edits import (
     truncate,
 )
 
+OTHER = VALUES.replace("layers.1", "layers.2")  # of the same shape, in the same shard
+
 # name: (damage to the source folder, parts that the message must have)
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (lambda s: (s / CONFIG).unlink(), ["config.json: no such file"]),
@@ -93,6 +95,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(shape=[1, 2])),
         [f"header: {VALUES}: offsets do not fit its shape [1, 2]"],
     ),
+    "a header of tensors in one place": (
+        lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(data_offsets=h[OTHER]["data_offsets"])),
+        ["shards are damaged (1)", f"{SHARDS[3]}: header: {VALUES} and {OTHER} overlap: a download that ended early"],
+    ),
     "FP8": (
         lambda s: rewrite_header(s / SHARDS[3], lambda h: h[VALUES].update(dtype="F8_E4M3")),
         [
@@ -160,6 +166,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ),
         ["model.pt: not a readable torch file"],
     ),
+    "a pickle with a damaged byte": (
+        lambda s: (s / PICKLE).write_bytes((s / PICKLE).read_bytes().replace(b"}q", b"tq", 1)),
+        ["model.pt: not a readable torch file"],
+    ),
     "a pickle of something else": (lambda s: torch.save([1, 2], s / PICKLE), ["found no tensors"]),
     "a pickle without a tensor": (
         lambda s: edit_pickle(
@@ -188,6 +198,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "statistics of another size": (
         lambda s: np.save(s / "token2wav" / "global_mean_var.npy", np.ones(9, np.float32)),
         ["global_mean_var: expected [16], found [9] in token2wav/global_mean_var.npy"],
+    ),
+    "a pickle of a tensor without values, and of a sparse one": (
+        lambda s: edit_pickle(
+            s / PICKLE,
+            lambda m: m.update({"wavegan.conv_pre.bias": torch.zeros(128).to("meta"), "x": torch.eye(2).to_sparse()}),
+        ),
+        ["tensors are missing (1)", "wavegan.conv_pre.bias: expected [128]"],
     ),
     "no statistics": (lambda s: (s / "token2wav" / "global_mean_var.npy").unlink(), ["global_mean_var.npy"]),
     "an array that is a pickle": (
@@ -236,6 +253,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a tokenizer of another model": (
         lambda s: edit_json(s / CONFIG, lambda c: c.update(audio_token_index=500)),
         ["the number of tokens is not where the audio codes start", "expected audio_token_index of config.json, 500"],
+    ),
+    "a tokenizer with an id among the audio codes": (
+        lambda s: edit_json(s / "tokenizer.json", lambda t: t["model"]["vocab"].update(e=600)),
+        ["the number of tokens is not where the audio codes start (1)", "545; found 545 tokens, the last 600"],
     ),
     "special tokens missing": (
         lambda s: [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from source_edits import edit_json
+from source_edits import edit_json, truncate
 
 from covo_npu.runtime.tokenizer import Tokenizer
 
@@ -25,6 +25,14 @@ def test_a_tokenizer_is_built_from_vocabulary_and_merges(source: Path, convert, 
     ):
         assert built.encode(text).ids == given.encode(text).ids, text
     assert built.get_vocab_size() == 545
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_damage_of_vocabulary_and_merges_is_told(name: str, source: Path, convert):
+    (source / "tokenizer.json").unlink()
+    truncate(source / name, 800)
+    outcome = convert(source)
+    assert outcome.code == 1 and "no tokenizer can be built from vocab.json, merges.txt (" in outcome.err
 
 
 def test_building_a_tokenizer_without_transformers_says_how_to_get_it(source: Path, convert, monkeypatch):

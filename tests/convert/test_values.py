@@ -218,7 +218,7 @@ def test_values_beyond_float16_are_counted_and_named_with_an_example(source: Pat
     assert f"{first} into F16, such as 999424 at [5, 6]" in outcome.err, outcome.err
     assert "encoder.conv1.weight in model-00002-of-00004.safetensors: 1 of " in outcome.err
     assert "such as -70144 at [0, 0, 0]" in outcome.err  # what bfloat16 makes of 70000
-    assert "Choose another --dtype: bfloat16 and float32 hold them." in outcome.err
+    assert "Choose another --dtype: bfloat16 and float32 hold what is below 3.3e38." in outcome.err
     assert not (tmp_path / "other").exists()
 
 
@@ -245,6 +245,7 @@ def test_float64_values_beyond_float32_are_named_where_something_is_computed_of_
     in_pickle(name, put((1, 1, 1), 1e300))(source)
     outcome = convert(source, "--force")
     assert f"{name} in token2wav/model.pt: 1 of 7168 values do not fit into F32, such as 1e+300" in outcome.err
+    assert "What is larger is damage." in outcome.err, "no --dtype holds it"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ def test_each_absurd_size_is_refused_at_once(config, path):
     assert time.monotonic() - begin < 1
 
 
+def test_a_whole_number_that_is_no_float_is_refused(config):
+    with pytest.raises(ConfigError, match=r"config\.llm\.rope_theta: expected float, found 10000"):
+        changed(config, "llm.rope_theta", 10**309)
+
+
 def test_sizes_that_are_used_are_believed(config):
     require_plausible(config, "here")
     require_plausible(dataclasses.replace(config, token2wav=None), "here")

@@ -461,9 +461,27 @@ def test_stages_of_something_else_are_refused(convert_tiny, saved, tmp_path):
     with pytest.raises(CovoError, match="the checkpoint is not that of the file"):
         check_stages.run(on("cpu", convert_tiny("bfloat16")), against=saved)
     (tmp_path / "rubbish").write_bytes(b"rubbish" * 100)
-    for path in (tmp_path / "rubbish", convert_tiny("float32") / "encoder.safetensors"):
-        with pytest.raises(CovoError, match="not a file of `covo-check stages --save`"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "rubbish", convert_tiny("float32") / "encoder.safetensors", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(CovoError, match=f"{path}: .*(not a|no such) file of `covo-check stages --save`"):
             check_stages.run(subject, against=path)
+
+
+def test_stages_replace_stages_and_nothing_else(convert_tiny, saved, tmp_path):
+    """What cannot be written is known before anything is computed: there is no checkpoint to load."""
+    subject = on("cpu", tmp_path / "none")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CovoError, match=r"thesis\.tex: exists and is not a result of this command"):
+        check_stages.run(subject, save_to=tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(CovoError, match="cannot be written"):
+        check_stages.run(subject, save_to=tmp_path / "thesis.tex" / "x.stages")
+    shutil.copy(saved, tmp_path / "cpu.stages")
+    (tmp_path / "link").symlink_to("cpu.stages")
+    subject = on("cpu", convert_tiny("float32"))
+    assert check_stages.run(subject, save_to=tmp_path / "link", against=tmp_path / "link", speech=False).holds
+    assert (tmp_path / "link").is_symlink()
+    assert "waveform" in check_stages.load(saved)[0].keys() - check_stages.load(tmp_path / "cpu.stages")[0].keys()
 
 
 def test_a_stage_that_is_missing_or_has_another_shape_fails(saved):

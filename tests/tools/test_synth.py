@@ -3,6 +3,9 @@
 import filecmp
 import json
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +241,16 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checkpoint, "write_tokenizer", broken)
     assert synth.main([str(tmp_path / "tiny")]) == 1
     assert "No space left" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path):
+    result = subprocess.run(
+        [Path(sys.executable).with_name("covo-synth"), tmp_path / "checkpoint"],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("covo-synth: token2wav/model.pt cannot be written (")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_summary_names_the_size_and_the_made_up_tokenizer(

@@ -19,11 +19,11 @@ import click
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from covo_npu.kernels.device import open_device
-from covo_npu.runtime import audio, prompt
+from covo_npu.runtime import audio, output, prompt
 from covo_npu.runtime.checkpoint.format import INT8, MANIFEST, read_manifest
 from covo_npu.runtime.cli import options
 from covo_npu.runtime.options import Sampling
@@ -211,12 +211,14 @@ def _percents(errors: Tensor) -> str:
 
 
 def save(path: Path, stages: Stages, origin: Origin) -> None:
-    """Write a file of stages: safetensors, with its origin as metadata."""
-    save_file(stages, path, {"covo_check": "stages 4", **asdict(origin)})
+    """Write a file of stages, as output.write does: safetensors, with its origin as metadata."""
+    output.write(path, as_safetensors(stages, {"covo_check": "stages 4", **asdict(origin)}))
 
 
 def load(path: Path) -> tuple[Stages, Origin]:
     """Return what `save` wrote. Raises CheckError if the file is not of that kind."""
+    if not path.is_file():  # before the open: opening a pipe would wait for ever
+        raise CheckError(f"{path}: no such file of `covo-check stages --save`")
     try:
         with safe_open(path, "pt") as file:
             data = file.metadata() or {}
@@ -228,9 +230,14 @@ def load(path: Path) -> tuple[Stages, Origin]:
 
 
 def run(subject: Subject, save_to: Path | None = None, against: Path | None = None, speech: bool = True) -> Result:
-    """Return the findings of one run; saves it, or compares it with a file, or both."""
+    """Return the findings of one run; saves it, or compares it with a file, or both.
+
+    A file that is there is replaced only if it is one of stages.
+    """
     from covo_npu.runtime import CovoAudio
 
+    if save_to:
+        output.require_writable(save_to, lambda content: b'"covo_check":"stages ' in content[:4096])
     ckpt = subject.require_ckpt()
     samples, rate, label = read_question(subject.wav)
     waveform = audio.prepare(samples, rate)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from covo_npu.convert.plan import Need, recipes
 from covo_npu.convert.stream import Bytes, ByteStream, write_file
+from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.checkpoint.config import ModelConfig, Token2WavConfig
 from covo_npu.runtime.voice import FILES
 from covo_npu.tools.synth.config import PRESETS, token2wav_json, upstream_json
@@ -264,7 +265,10 @@ def _write_token2wav(
         state[f"{act}.upsample.filter"] = kaiser_sinc()
         state[f"{act}.downsample.lowpass.filter"] = kaiser_sinc()
     state |= {f"token2latent.blocks.{i}.attn.rotary.inv_freq": _inv_freq(speech) for i in range(speech.dit.num_layers)}
-    torch.save({"model": state, "step": 0}, folder / "model.pt")
+    try:
+        torch.save({"model": state, "step": 0}, folder / "model.pt")
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise CovoError(f"token2wav/model.pt cannot be written ({error}): is the disk full?") from error
     advance(2 * sum(_bytes(Need(name, tuple(tensor.shape))) for name, tensor in state.items()))
     statistics = values.small("global_mean_var", needs["global_mean_var"].shape)[None]
     statistics[:, speech.dit.latent_dim :] = np.exp(statistics[:, speech.dit.latent_dim :]) / 2  # variances
