@@ -20,6 +20,7 @@ from covo_npu.runtime.mirror import follow
 from covo_npu.runtime.networks.files import LLM_PREFIX, fill
 from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.runtime.options import LoadOptions
+from covo_npu.runtime.process import module_command
 from covo_npu.runtime.ranks import Follower, collectives
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 def command(path: str | os.PathLike[str], options: LoadOptions, device: torch.device) -> list[str]:
     """Return the command of a process that serves as a rank. device: rank 0's."""
     fields = asdict(replace(options, device=str(device)))
-    return [sys.executable, "-m", __name__, os.fspath(path), json.dumps(fields)]
+    return module_command(__name__, os.fspath(path), json.dumps(fields))
 
 
 def serve(path: str | os.PathLike[str], options: LoadOptions) -> None:

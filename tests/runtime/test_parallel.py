@@ -5,6 +5,7 @@ Logits: by float32's bound for the goldens, whose sums have another order as wel
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -197,11 +198,11 @@ def odd_ranks(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     usual = rank.command
 
     def command(*arguments: object) -> list[str]:
-        python, _, _, *rest = usual(*arguments)
-        return [python, str(ODD), what, *rest]
+        *_, path, options = usual(*arguments)
+        return [sys.executable, str(ODD), what, path, options]
 
     monkeypatch.setattr(rank, "command", command)
-    monkeypatch.setenv("PYTHONPATH", str(ODD.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(ODD.parents[1]), prepend=os.pathsep)
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from covo_npu.runtime.process import SAFE_PATH
+
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
 ENGLISH = AUDIO / "question_en_48k_24bit.wav"
 RUN = [sys.executable, "-m", "covo_npu.runtime.cli.run"]
@@ -131,6 +133,14 @@ def test_torchrun_starts_the_ranks_as_well(two_ranks: Path, tmp_path: Path, gold
     report = json.loads((tmp_path / "reply.json").read_text())
     assert report["rounds"][0]["tokens"] == expected["r0_tokens"].tolist()
     assert [place["rank"] for place in report["load"]["placed"]] == [0, 1]
+
+
+@pytest.mark.skipif(not SAFE_PATH, reason="Python can leave the working folder out from 3.11 on")
+def test_what_lies_in_the_working_folder_is_no_package_of_a_rank(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user, not a module')\n")
+    command = [Path(sys.executable).with_name("covo-run"), *arguments(two_ranks, "--max-new-tokens", "2", str(ENGLISH))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_damage_in_another_ranks_file_is_told_before_any_text(two_ranks: Path, tmp_path: Path) -> None:

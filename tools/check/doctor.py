@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from covo_npu.runtime.checkpoint.memory import available_memory_bytes
+from covo_npu.runtime.process import module_command
 from covo_npu.tools.check.probes import REQUIRED
 from covo_npu.tools.check.result import Finding, Result, Subject, check
-from covo_npu.tools.process import module_command
 
 LIMIT_S = 120  # the first import of torch_npu takes half a minute on a cold disk
 MIN_TORCH = (2, 6)
