@@ -120,10 +120,9 @@ class Leader:
     def _start(self, follower: Sequence[str], host: str, port: int) -> None:
         for rank in range(1, self.size):
             variables = dict(zip(TORCHRUN, (str(rank), str(self.size), host, str(port)), strict=True))
-            threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-            self._children[rank] = subprocess.Popen(
-                follower, env={**os.environ, **threads, **variables}, stdin=subprocess.DEVNULL
-            )
+            # LOCAL_RANK, which chooses the device, may be that of this process: of torchrun with one, for instance.
+            variables |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            self._children[rank] = subprocess.Popen(follower, env={**os.environ, **variables}, stdin=subprocess.DEVNULL)
 
     # --- what rank 0 does
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from covo_npu.runtime.process import SAFE_PATH
+from covo_npu.runtime.ranks import Leader
 
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
 ENGLISH = AUDIO / "question_en_48k_24bit.wav"
@@ -141,6 +142,17 @@ def test_what_lies_in_the_working_folder_is_no_package_of_a_rank(two_ranks: Path
     command = [Path(sys.executable).with_name("covo-run"), *arguments(two_ranks, "--max-new-tokens", "2", str(ENGLISH))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_has_a_device_of_its_own_wherever_rank_0_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as for the one process of torchrun --nproc-per-node 1
+    told = tmp_path / "told"
+    leader = Leader(2, [sys.executable, "-c", f"import os; open({str(told)!r}, 'w').write(os.environ['LOCAL_RANK'])"])
+    leader._children[1].wait()
+    leader.close()
+    assert told.read_text() == "1"
 
 
 def test_damage_in_another_ranks_file_is_told_before_any_text(two_ranks: Path, tmp_path: Path) -> None:
