@@ -35,12 +35,12 @@ def command(path: str | os.PathLike[str], options: LoadOptions, device: torch.de
 def serve(path: str | os.PathLike[str], options: LoadOptions) -> None:
     """Load this rank's file of the checkpoint, and do what rank 0 does until it ends. Rank 0 tells of faults.
 
-    Signals that ask for an end are for rank 0, which may still have replies to finish.
+    Signals that ask for an end end it while it waits for rank 0, which torchrun may have seen fail. Later they are for
+    rank 0, which may still have replies to finish.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    _take_signals(signal.SIG_DFL)
     follower = Follower()
+    _take_signals(signal.SIG_IGN)
     try:
         manifest = open_manifest(path, options.tp)
         device = rank_device(options.device, int(os.environ.get("LOCAL_RANK", follower.rank)))
@@ -57,6 +57,12 @@ def serve(path: str | os.PathLike[str], options: LoadOptions) -> None:
     except Exception as error:  # noqa: BLE001 - rank 0 tells of it
         log.info("rank %d: %r", follower.rank, error)
         follower.failed(error)
+
+
+def _take_signals(how: signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, how)
 
 
 def _verify(follower: Follower, weights: Weights) -> None:

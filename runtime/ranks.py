@@ -88,6 +88,8 @@ class Leader:
         """
         if dist.is_initialized():
             raise RankError("this process has tensor-parallel ranks already: close that model first")
+        if launched() and (processes := int(os.environ["WORLD_SIZE"])) != size:
+            raise RankError(f"torchrun has started {processes} processes for --tp {size}: one a rank is needed")
         self.size, self.tally, self.fault = size, Tally(), ""
         self.placed: dict[int, Message] = {}  # what each follower has loaded, and where
         self._children: dict[int, subprocess.Popen[bytes]] = {}
