@@ -58,10 +58,20 @@ def two_ranks(convert_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(two_ranks: Path) -> Iterator[CovoAudio]:
+def opened() -> Iterator[list[CovoAudio]]:
+    """The model that tests share, from the first on that asks for it until one wants this process without ranks."""
+    models: list[CovoAudio] = []
+    yield models
+    for model in models:
+        model.close()
+
+
+@pytest.fixture
+def model(opened: list[CovoAudio], two_ranks: Path) -> CovoAudio:
     """Two ranks."""
-    with CovoAudio.load(two_ranks, tp=2, device="cpu", max_context=2048) as model:
-        yield model
+    if not opened:
+        opened.append(CovoAudio.load(two_ranks, tp=2, device="cpu", max_context=2048))
+    return opened[0]
 
 
 def recorded_logits(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -189,8 +199,9 @@ def test_one_rank_moves_nothing() -> None:
 
 
 @pytest.fixture
-def no_ranks(request: pytest.FixtureRequest, model: CovoAudio) -> None:
-    model.close()
+def no_ranks(opened: list[CovoAudio]) -> None:
+    while opened:
+        opened.pop().close()
 
 
 def odd_ranks(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
