@@ -99,7 +99,7 @@ class Leader:
         self._mourners: list[Callable[[RankError], object]] = []  # who wants to know that nothing goes on
         self._changed, self._lock = threading.Condition(), threading.RLock()
         self._worked: dict[int, float] = {}  # seconds of processor time that each rank has used
-        self._busy_since = self._moved = 0.0
+        self._waits, self._moved = 0, 0.0  # watched blocks, which may stand in one another; when a rank last moved
         self._handles = 0
         self._closing, self._on_cpu = False, False
         self._threads = 0  # that this process had, if it shares them
@@ -155,14 +155,21 @@ class Leader:
     @contextlib.contextmanager
     def command(self, name: str, handle: int, *arguments: Any) -> Iterator[None]:
         """Let all followers do what the caller does inside. Raises RankError for whatever fails there."""
+        with self.watched():
+            for link in self._links.values():
+                link.tell({"do": name, "handle": handle, "with": arguments})
+            yield
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let a standstill of the ranks end what the caller waits for inside: on a device a step only begins here."""
         with self._lock, self._whole():
-            self._busy_since = self._moved = time.monotonic()
+            self._waits += 1
+            self._moved = time.monotonic()
             try:
-                for link in self._links.values():
-                    link.tell({"do": name, "handle": handle, "with": arguments})
                 yield
             finally:
-                self._busy_since = 0.0
+                self._waits -= 1
 
     def close(self) -> None:
         """End all ranks. Followers that do not end by themselves are killed."""
@@ -289,7 +296,7 @@ class Leader:
                 if rank not in self._links and child.poll() is not None:
                     self._fail(f"rank {rank} of {self.size} could not start (exit code {child.returncode})")
             self._note(0, self.tally.collectives, time.process_time())
-            if self._busy_since and time.monotonic() - self._moved > STANDSTILL_S:
+            if self._waits and time.monotonic() - self._moved > STANDSTILL_S:
                 behind = min(self._counts, key=lambda rank: self._counts[rank])
                 self._fail(f"rank {behind} of {self.size} hangs: the others wait for it; all ranks are ended")
             time.sleep(BEAT_S)

@@ -18,7 +18,8 @@ import torch
 from runtime.tape import Tape, optional_tape
 from torch import Tensor
 
-from covo_npu.runtime import CovoAudio, Engine, Sampling, Session, options, rank
+from covo_npu.kernels.device import Readback
+from covo_npu.runtime import CovoAudio, Engine, Sampling, Session, options, rank, ranks
 from covo_npu.runtime.audio import prepare, read_audio
 from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
 from covo_npu.runtime.engine import Dialogue
@@ -285,3 +286,22 @@ def test_a_rank_that_fails_or_hangs_is_named(
         children += model.leader._children.values()
         Session(model, mode="a2t").say(ENGLISH)
     assert all(child.poll() is not None for child in children) and (children or what == "late")
+
+
+@pytest.mark.slow
+def test_ids_that_never_come_end_all(no_ranks: None, two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, which begins a step when it is called: what hangs there is waited for where ids are read."""
+    monkeypatch.setattr(ranks, "leave", lambda message: None)
+    monkeypatch.setattr(ranks, "STANDSTILL_S", 2.0)
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        leader = model.leader
+        assert leader is not None
+
+        def tokens(readback: Readback) -> list[int]:
+            with leader._changed:
+                leader._changed.wait_for(lambda: leader.fault, timeout=20.0)
+            raise RuntimeError("the device gave up")
+
+        monkeypatch.setattr(Readback, "tokens", tokens)
+        with pytest.raises(RankError, match="of 2 hangs: the others wait for it"):
+            Session(model, mode="a2t").say(ENGLISH)
