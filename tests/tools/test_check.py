@@ -300,6 +300,19 @@ def test_doctor_advises_on_memory(dtype, less, convert_tiny, with_npu, monkeypat
     assert {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=large).findings}["NPU memory"] == ""
 
 
+def test_doctor_holds_a_card_to_what_one_rank_has(convert_tiny, with_npu):
+    """And the memory of a CPU, which all ranks share, to all of it."""
+    ckpt = convert_tiny("float32", 2)
+    files = {name: file.bytes for name, file in read_manifest(ckpt).files.items() if file.data_start is not None}
+    own = sum(files.values()) - files["llm-rank1of2.safetensors"]
+    for short, fits in ((0, True), (1, False)):
+        free = own + check_doctor.ACTIVATION_BYTES - short
+        npu = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0", "free": free})
+        found = {f.name: f for f in doctor(ckpt=ckpt, npu=npu).findings}
+        assert (found["NPU memory"].fix == "") is fits
+    assert found["memory"].bound.startswith(f"{sum(files.values()) / 1e9:.1f} GB")
+
+
 def test_doctor_on_a_full_disk(monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -69,11 +69,12 @@ class Probe:
 class Needs:
     """What a checkpoint wants of a device."""
 
-    weights_bytes: int
+    weights_bytes: int  # of all ranks, as on a CPU
+    card_bytes: int  # of rank 0, whose card has most
     smaller: str  # how the same model needs less, "" if it does not
 
 
-NOTHING = Needs(0, "")
+NOTHING = Needs(0, 0, "")
 Ask = Callable[..., Probe]  # `probe`, or a stand-in for tests
 
 
@@ -266,11 +267,11 @@ def _usable(name: str, index: str, says: Mapping[str, Any]) -> Finding:
 
 def _room(name: str, says: Mapping[str, Any], needs: Needs) -> list[Finding]:
     """Return whether the checkpoint fits into what is free on a device, [] if there is neither."""
-    if not needs.weights_bytes or "free" not in says:  # no such device
+    if not needs.card_bytes or "free" not in says:  # no such device
         return []
-    bound = f"{needs.weights_bytes / 1e9:.1f} GB of weights, {ACTIVATION_BYTES / 1e9:.0f} GB beside them"
+    bound = f"{needs.card_bytes / 1e9:.1f} GB of weights, {ACTIVATION_BYTES / 1e9:.0f} GB beside them"
     advice = f"it will run out of memory there; {needs.smaller or 'a smaller --max-context'} needs less"
-    fits = says["free"] >= needs.weights_bytes + ACTIVATION_BYTES
+    fits = says["free"] >= needs.card_bytes + ACTIVATION_BYTES
     return [Finding(f"{name} memory", f"{says['free'] / 1e9:.1f} GB free", bound, fix="" if fits else advice)]
 
 
@@ -327,12 +328,14 @@ def _checkpoint(folder: Path | None) -> tuple[Needs, Finding]:
         manifest = read_manifest(folder)
     except CovoError as error:
         return NOTHING, promised("checkpoint", str(error), False, "complete, of this version", "see the message")
-    size = sum(file.bytes for file in manifest.files.values() if file.data_start is not None)
+    sizes = {name: file.bytes for name, file in manifest.files.items() if file.data_start is not None}
+    size = sum(sizes.values())
+    of_others = sum(sizes[name] for name in manifest.ranks[1:])
     speech = "text and speech" if manifest.config.token2wav else "text only"
     dtype = f"{manifest.dtype}, products of the LLM in {manifest.weights}" if manifest.int8 else manifest.dtype
     measured = f"layout {manifest.layout_version}, {dtype}, {size / 1e9:.2f} GB, {speech}"
     smaller = (f"a conversion with --weights {word}" for word, held in INT8.items() if len(held) > len(manifest.int8))
-    return Needs(size, next(smaller, "")), promised(
+    return Needs(size, size - of_others, next(smaller, "")), promised(
         "checkpoint", measured, True, "manifest, headers and sizes agree; bytes: covo-check ckpt"
     )
 
