@@ -205,9 +205,12 @@ class Leader:
             raise
         except Exception as error:
             with self._changed:  # a rank that is gone fails the collectives of the others a moment before it is missed
-                self._changed.wait_for(lambda: self.fault, timeout=GRACE_S)
-            self._fail(f"rank 0 of {self.size}: {str(error).splitlines()[0]}")
-            raise RankError(self.fault) from error
+                self._changed.wait_for(lambda: self.fault or self._closing, timeout=GRACE_S)
+            self._fail(f"rank 0 of {self.size}: {_reason(error)}")
+            raise RankError(self.fault or "this model was closed, and with it its ranks: load it again") from error
+        except BaseException:  # Ctrl-C: whoever goes on after it, in a notebook for one, does so without the ranks
+            self.fault = self.fault or "the ranks were interrupted in a step: close this model and load it again"
+            raise
 
     def _until(self, done: Callable[[], bool]) -> None:
         with self._changed:
@@ -326,7 +329,7 @@ class Follower:
 
     def failed(self, error: BaseException) -> NoReturn:
         """Tell what has gone wrong, and end this process."""
-        self._link.tell({"fault": (str(error).splitlines() or [type(error).__name__])[0]})
+        self._link.tell({"fault": _reason(error)})
         leave("")
 
     def commands(self) -> Iterator[tuple[str, int, list[Any]]]:
@@ -352,6 +355,10 @@ class Follower:
         while True:
             self._link.tell({"collectives": self.tally.collectives, "worked_s": time.process_time()})
             time.sleep(BEAT_S)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
 from covo_npu.runtime.engine import Dialogue
 from covo_npu.runtime.events import Done, Failed
 from covo_npu.runtime.options import Ask
-from covo_npu.runtime.parallel import ALONE
+from covo_npu.runtime.parallel import ALONE, Collectives
 from covo_npu.runtime.ranks import RankError
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -189,6 +189,36 @@ def test_a_second_model_with_ranks_is_refused_while_the_first_is_open(model: Cov
 def test_another_number_of_ranks_than_converted_is_refused(two_ranks: Path, tp: int, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         CovoAudio.load(two_ranks, tp=tp, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("raised", "then", "says"),
+    [
+        (MemoryError, RankError, "rank 0 of 2: MemoryError"),
+        (KeyboardInterrupt, KeyboardInterrupt, "the ranks were interrupted in a step"),
+    ],
+)
+def test_after_a_step_that_broke_off_nothing_is_computed(
+    no_ranks: None, two_ranks: Path, monkeypatch: pytest.MonkeyPatch,
+    raised: type[BaseException], then: type[BaseException], says: str,
+) -> None:  # fmt: skip
+    def broken(group: Collectives, x: Tensor) -> Tensor:
+        raise raised
+
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        chat = Session(model, mode="a2t", max_new_tokens=2)
+        with monkeypatch.context() as patch, pytest.raises(then):
+            patch.setattr(Collectives, "all_reduce", broken)
+            chat.say(ENGLISH)
+        with pytest.raises(RankError, match=says):
+            chat.say(ENGLISH)
+
+
+def test_a_closed_model_says_so(no_ranks: None, two_ranks: Path) -> None:
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        chat = Session(model, mode="a2t", max_new_tokens=2)
+    with pytest.raises(RankError, match="this model was closed"):
+        chat.say(ENGLISH)
 
 
 def test_one_rank_moves_nothing() -> None:
