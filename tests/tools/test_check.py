@@ -133,6 +133,7 @@ def test_doctor_on_this_machine(convert_tiny):
 def test_doctor_says_which_kernels_serve_the_processor(answer, says, holds):
     rows = {finding.name: finding for finding in doctor(processor=answer).findings}
     assert says in rows["kernels for CPUs"].measured and rows["kernels for CPUs"].holds is holds
+    assert rows["covo-run --device cpu"].holds is (holds is None)
     assert "threads, PyTorch as AVX512" in rows["processor"].measured
     if answer.found:
         assert rows["kernels for CPUs"].fix == (answer.found["missing"] or "")

@@ -117,10 +117,10 @@ def examine(subject: Subject, ask: Ask = probe) -> Result:
     """Return what will and what will not run."""
     wanted, torch = subject.options.device, ask("torch")
     needs, checkpoint = _checkpoint(subject.ckpt)
-    findings = [*_packages(ask("packages")), *_torch(torch, ask)]
-    findings += _processor(torch.found, ask("processor")) if torch.found else []
+    processor = _processor(torch.found, ask("processor")) if torch.found else []
+    findings = [*_packages(ask("packages")), *_torch(torch, ask), *processor]
     findings += _products(ask("products", None, str(subject.ckpt))) if torch.found and needs.weights_bytes else []
-    usable = {"cpu": torch.found is not None}
+    usable = {"cpu": all(row.holds is not False for row in processor)}  # without PyTorch nothing runs at all
     for kind, look in (("npu", _npu), ("cuda", _cuda)):
         rows, usable[kind] = look(ask, wanted, needs)
         findings += rows
