@@ -7,6 +7,7 @@ No piece of one keeps the others waiting for longer than itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -156,7 +157,8 @@ class Engine:
         """Forget a question; nothing more is heard of it. The dialogue is as it was before. Does nothing twice."""
         with self._lock:
             if round_ := self._under_way(ticket):
-                self._drop(round_)
+                with contextlib.suppress(RankError):  # what ended the ranks is told where it was found
+                    self._drop(round_)
             self._silence(ticket)
 
     @torch.inference_mode()
@@ -578,6 +580,8 @@ class Engine:
     def _drop(self, round_: _Round, keep: bool = False) -> None:
         """Take a round out of wherever it is. Its dialogue remembers it (keep), or is as it was before."""
         dialogue = round_.dialogue
+        if self._speaking.pop(round_.ticket, None):
+            self._speaker.cancel(round_.ticket)
         if round_ in self._waiting:
             self._waiting.remove(round_)
         elif round_ is self._preparing:
@@ -588,8 +592,6 @@ class Engine:
             if keep:
                 self._remember(round_)
             self._leave(round_)
-        if self._speaking.pop(round_.ticket, None):
-            self._speaker.cancel(round_.ticket)
         if not keep:
             dialogue.mark = round_.before
         dialogue.ticket = None

@@ -41,7 +41,8 @@ class LeadingDecoder(Decoder):
     ) -> Readback:
         """As in Decoder, of the hidden state that the last fill() has returned: the others have theirs."""
         with self._leader.command("begin", self._handle, slot, input_ids.shape[0], length, seed, asdict(sampling)):
-            return super().begin(slot, self.llm.group.broadcast(input_ids), hidden, length, seed, sampling)
+            input_ids = self.llm.group.broadcast(input_ids)
+            return _Watched(self._leader, super().begin(slot, input_ids, hidden, length, seed, sampling))
 
     def place(self, slot: int, length: int, ids: Tensor) -> None:
         with self._leader.command("place", self._handle, slot, length):
@@ -49,7 +50,7 @@ class LeadingDecoder(Decoder):
 
     def step(self, num_slots: int) -> Readback:
         with self._leader.command("step", self._handle, num_slots):
-            return super().step(num_slots)
+            return _Watched(self._leader, super().step(num_slots))
 
     def move(self, source: int, target: int) -> None:
         with self._leader.command("move", self._handle, source, target):
@@ -63,11 +64,26 @@ class LeadingDecoder(Decoder):
         with self._leader.command("read", self._handle, slot, length):
             return super().read(slot, length)
 
+    def park(self, slot: int, length: int) -> Rows:
+        with self._leader.watched():
+            return super().park(slot, length)
+
     def restore(self, slot: int, rows: Rows) -> None:
         whole = torch.stack(rows.tensors)
         with self._leader.command("restore", self._handle, slot, whole.shape):
             whole = self.llm.group.broadcast(whole.to(self.device))
             super().restore(slot, Rows(whole.unbind()))
+
+
+class _Watched(Readback):
+    """Ids that come when all ranks have done their parts."""
+
+    def __init__(self, leader: Leader, coming: Readback) -> None:
+        self._leader, self._coming = leader, coming
+
+    def tokens(self) -> list[int]:
+        with self._leader.watched():
+            return self._coming.tokens()
 
 
 def _close(leader: Leader, handle: int) -> None:

@@ -20,6 +20,7 @@ from covo_npu.runtime.mirror import follow
 from covo_npu.runtime.networks.files import LLM_PREFIX, fill
 from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.runtime.options import LoadOptions
+from covo_npu.runtime.process import module_command
 from covo_npu.runtime.ranks import Follower, collectives
 
 log = logging.getLogger(__name__)
@@ -28,18 +29,18 @@ log = logging.getLogger(__name__)
 def command(path: str | os.PathLike[str], options: LoadOptions, device: torch.device) -> list[str]:
     """Return the command of a process that serves as a rank. device: rank 0's."""
     fields = asdict(replace(options, device=str(device)))
-    return [sys.executable, "-m", __name__, os.fspath(path), json.dumps(fields)]
+    return module_command(__name__, os.fspath(path), json.dumps(fields))
 
 
 def serve(path: str | os.PathLike[str], options: LoadOptions) -> None:
     """Load this rank's file of the checkpoint, and do what rank 0 does until it ends. Rank 0 tells of faults.
 
-    Signals that ask for an end are for rank 0, which may still have replies to finish.
+    Signals that ask for an end end it while it waits for rank 0, which torchrun may have seen fail. Later they are for
+    rank 0, which may still have replies to finish.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    _take_signals(signal.SIG_DFL)
     follower = Follower()
+    _take_signals(signal.SIG_IGN)
     try:
         manifest = open_manifest(path, options.tp)
         device = rank_device(options.device, int(os.environ.get("LOCAL_RANK", follower.rank)))
@@ -56,6 +57,12 @@ def serve(path: str | os.PathLike[str], options: LoadOptions) -> None:
     except Exception as error:  # noqa: BLE001 - rank 0 tells of it
         log.info("rank %d: %r", follower.rank, error)
         follower.failed(error)
+
+
+def _take_signals(how: signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, how)
 
 
 def _verify(follower: Follower, weights: Weights) -> None:

@@ -88,6 +88,8 @@ class Leader:
         """
         if dist.is_initialized():
             raise RankError("this process has tensor-parallel ranks already: close that model first")
+        if launched() and (processes := int(os.environ["WORLD_SIZE"])) != size:
+            raise RankError(f"torchrun has started {processes} processes for --tp {size}: one a rank is needed")
         self.size, self.tally, self.fault = size, Tally(), ""
         self.placed: dict[int, Message] = {}  # what each follower has loaded, and where
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -97,7 +99,7 @@ class Leader:
         self._mourners: list[Callable[[RankError], object]] = []  # who wants to know that nothing goes on
         self._changed, self._lock = threading.Condition(), threading.RLock()
         self._worked: dict[int, float] = {}  # seconds of processor time that each rank has used
-        self._busy_since = self._moved = 0.0
+        self._waits, self._moved = 0, 0.0  # watched blocks, which may stand in one another; when a rank last moved
         self._handles = 0
         self._closing, self._on_cpu = False, False
         self._threads = 0  # that this process had, if it shares them
@@ -120,10 +122,9 @@ class Leader:
     def _start(self, follower: Sequence[str], host: str, port: int) -> None:
         for rank in range(1, self.size):
             variables = dict(zip(TORCHRUN, (str(rank), str(self.size), host, str(port)), strict=True))
-            threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-            self._children[rank] = subprocess.Popen(
-                follower, env={**os.environ, **threads, **variables}, stdin=subprocess.DEVNULL
-            )
+            # LOCAL_RANK, which chooses the device, may be that of this process: of torchrun with one, for instance.
+            variables |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            self._children[rank] = subprocess.Popen(follower, env={**os.environ, **variables}, stdin=subprocess.DEVNULL)
 
     # --- what rank 0 does
 
@@ -154,14 +155,21 @@ class Leader:
     @contextlib.contextmanager
     def command(self, name: str, handle: int, *arguments: Any) -> Iterator[None]:
         """Let all followers do what the caller does inside. Raises RankError for whatever fails there."""
+        with self.watched():
+            for link in self._links.values():
+                link.tell({"do": name, "handle": handle, "with": arguments})
+            yield
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let a standstill of the ranks end what the caller waits for inside: on a device a step only begins here."""
         with self._lock, self._whole():
-            self._busy_since = self._moved = time.monotonic()
+            self._waits += 1
+            self._moved = time.monotonic()
             try:
-                for link in self._links.values():
-                    link.tell({"do": name, "handle": handle, "with": arguments})
                 yield
             finally:
-                self._busy_since = 0.0
+                self._waits -= 1
 
     def close(self) -> None:
         """End all ranks. Followers that do not end by themselves are killed."""
@@ -197,9 +205,12 @@ class Leader:
             raise
         except Exception as error:
             with self._changed:  # a rank that is gone fails the collectives of the others a moment before it is missed
-                self._changed.wait_for(lambda: self.fault, timeout=GRACE_S)
-            self._fail(f"rank 0 of {self.size}: {str(error).splitlines()[0]}")
-            raise RankError(self.fault) from error
+                self._changed.wait_for(lambda: self.fault or self._closing, timeout=GRACE_S)
+            self._fail(f"rank 0 of {self.size}: {_reason(error)}")
+            raise RankError(self.fault or "this model was closed, and with it its ranks: load it again") from error
+        except BaseException:  # Ctrl-C: whoever goes on after it, in a notebook for one, does so without the ranks
+            self.fault = self.fault or "the ranks were interrupted in a step: close this model and load it again"
+            raise
 
     def _until(self, done: Callable[[], bool]) -> None:
         with self._changed:
@@ -288,7 +299,7 @@ class Leader:
                 if rank not in self._links and child.poll() is not None:
                     self._fail(f"rank {rank} of {self.size} could not start (exit code {child.returncode})")
             self._note(0, self.tally.collectives, time.process_time())
-            if self._busy_since and time.monotonic() - self._moved > STANDSTILL_S:
+            if self._waits and time.monotonic() - self._moved > STANDSTILL_S:
                 behind = min(self._counts, key=lambda rank: self._counts[rank])
                 self._fail(f"rank {behind} of {self.size} hangs: the others wait for it; all ranks are ended")
             time.sleep(BEAT_S)
@@ -318,7 +329,7 @@ class Follower:
 
     def failed(self, error: BaseException) -> NoReturn:
         """Tell what has gone wrong, and end this process."""
-        self._link.tell({"fault": (str(error).splitlines() or [type(error).__name__])[0]})
+        self._link.tell({"fault": _reason(error)})
         leave("")
 
     def commands(self) -> Iterator[tuple[str, int, list[Any]]]:
@@ -344,6 +355,10 @@ class Follower:
         while True:
             self._link.tell({"collectives": self.tally.collectives, "worked_s": time.process_time()})
             time.sleep(BEAT_S)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device) -> None:

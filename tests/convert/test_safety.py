@@ -23,7 +23,7 @@ from covo_npu.convert.folder import check_space, new_folder
 from covo_npu.convert.shards import read_shards
 from covo_npu.runtime import output
 from covo_npu.runtime.checkpoint.format import FILE_NAMES, CheckpointError, read_manifest
-from covo_npu.tools.process import SAFE_PATH
+from covo_npu.runtime.process import SAFE_PATH
 
 CONVERT = Path(sys.executable).with_name("covo-convert")
 KILL_AT = Path(__file__).with_name("kill_at.py")

@@ -5,6 +5,7 @@ Logits: by float32's bound for the goldens, whose sums have another order as wel
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ import torch
 from runtime.tape import Tape, optional_tape
 from torch import Tensor
 
-from covo_npu.runtime import CovoAudio, Engine, Sampling, Session, options, rank
+from covo_npu.kernels.device import Readback
+from covo_npu.runtime import CovoAudio, Engine, Sampling, Session, options, rank, ranks
 from covo_npu.runtime.audio import prepare, read_audio
 from covo_npu.runtime.checkpoint.format import CheckpointError, read_manifest
 from covo_npu.runtime.engine import Dialogue
 from covo_npu.runtime.events import Done, Failed
 from covo_npu.runtime.options import Ask
-from covo_npu.runtime.parallel import ALONE
+from covo_npu.runtime.parallel import ALONE, Collectives
 from covo_npu.runtime.ranks import RankError
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -57,10 +59,20 @@ def two_ranks(convert_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(two_ranks: Path) -> Iterator[CovoAudio]:
+def opened() -> Iterator[list[CovoAudio]]:
+    """The model that tests share, from the first on that asks for it until one wants this process without ranks."""
+    models: list[CovoAudio] = []
+    yield models
+    for model in models:
+        model.close()
+
+
+@pytest.fixture
+def model(opened: list[CovoAudio], two_ranks: Path) -> CovoAudio:
     """Two ranks."""
-    with CovoAudio.load(two_ranks, tp=2, device="cpu", max_context=2048) as model:
-        yield model
+    if not opened:
+        opened.append(CovoAudio.load(two_ranks, tp=2, device="cpu", max_context=2048))
+    return opened[0]
 
 
 def recorded_logits(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -179,6 +191,36 @@ def test_another_number_of_ranks_than_converted_is_refused(two_ranks: Path, tp: 
         CovoAudio.load(two_ranks, tp=tp, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("raised", "then", "says"),
+    [
+        (MemoryError, RankError, "rank 0 of 2: MemoryError"),
+        (KeyboardInterrupt, KeyboardInterrupt, "the ranks were interrupted in a step"),
+    ],
+)
+def test_after_a_step_that_broke_off_nothing_is_computed(
+    no_ranks: None, two_ranks: Path, monkeypatch: pytest.MonkeyPatch,
+    raised: type[BaseException], then: type[BaseException], says: str,
+) -> None:  # fmt: skip
+    def broken(group: Collectives, x: Tensor) -> Tensor:
+        raise raised
+
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        chat = Session(model, mode="a2t", max_new_tokens=2)
+        with monkeypatch.context() as patch, pytest.raises(then):
+            patch.setattr(Collectives, "all_reduce", broken)
+            chat.say(ENGLISH)
+        with pytest.raises(RankError, match=says):
+            chat.say(ENGLISH)
+
+
+def test_a_closed_model_says_so(no_ranks: None, two_ranks: Path) -> None:
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        chat = Session(model, mode="a2t", max_new_tokens=2)
+    with pytest.raises(RankError, match="this model was closed"):
+        chat.say(ENGLISH)
+
+
 def test_one_rank_moves_nothing() -> None:
     x = torch.ones(2, 3)
     assert all(y is x for y in (ALONE.all_reduce(x), ALONE.join(x, 1, 3), ALONE.broadcast(x)))
@@ -188,8 +230,9 @@ def test_one_rank_moves_nothing() -> None:
 
 
 @pytest.fixture
-def no_ranks(request: pytest.FixtureRequest, model: CovoAudio) -> None:
-    model.close()
+def no_ranks(opened: list[CovoAudio]) -> None:
+    while opened:
+        opened.pop().close()
 
 
 def odd_ranks(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -197,11 +240,11 @@ def odd_ranks(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     usual = rank.command
 
     def command(*arguments: object) -> list[str]:
-        python, _, _, *rest = usual(*arguments)
-        return [python, str(ODD), what, *rest]
+        *_, path, options = usual(*arguments)
+        return [sys.executable, str(ODD), what, path, options]
 
     monkeypatch.setattr(rank, "command", command)
-    monkeypatch.setenv("PYTHONPATH", str(ODD.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(ODD.parents[1]), prepend=os.pathsep)
 
 
 @pytest.mark.slow
@@ -273,3 +316,22 @@ def test_a_rank_that_fails_or_hangs_is_named(
         children += model.leader._children.values()
         Session(model, mode="a2t").say(ENGLISH)
     assert all(child.poll() is not None for child in children) and (children or what == "late")
+
+
+@pytest.mark.slow
+def test_ids_that_never_come_end_all(no_ranks: None, two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, which begins a step when it is called: what hangs there is waited for where ids are read."""
+    monkeypatch.setattr(ranks, "leave", lambda message: None)
+    monkeypatch.setattr(ranks, "STANDSTILL_S", 2.0)
+    with CovoAudio.load(two_ranks, tp=2, device="cpu") as model:
+        leader = model.leader
+        assert leader is not None
+
+        def tokens(readback: Readback) -> list[int]:
+            with leader._changed:
+                leader._changed.wait_for(lambda: leader.fault, timeout=20.0)
+            raise RuntimeError("the device gave up")
+
+        monkeypatch.setattr(Readback, "tokens", tokens)
+        with pytest.raises(RankError, match="of 2 hangs: the others wait for it"):
+            Session(model, mode="a2t").say(ENGLISH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from covo_npu.runtime.process import SAFE_PATH
+from covo_npu.runtime.ranks import TORCHRUN, Leader
 
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
 ENGLISH = AUDIO / "question_en_48k_24bit.wav"
@@ -131,6 +135,47 @@ def test_torchrun_starts_the_ranks_as_well(two_ranks: Path, tmp_path: Path, gold
     report = json.loads((tmp_path / "reply.json").read_text())
     assert report["rounds"][0]["tokens"] == expected["r0_tokens"].tolist()
     assert [place["rank"] for place in report["load"]["placed"]] == [0, 1]
+
+
+def test_another_number_of_processes_than_ranks_is_refused(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(TORCHRUN, ("0", "3", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([*RUN, *arguments(two_ranks)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "torchrun has started 3 processes for --tp 2" in done.stderr
+
+
+def test_a_rank_that_waits_for_rank_0_ends_when_asked(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 may have refused what it was asked for: torchrun then asks the others to end and kills them 30 s later."""
+    with socket.create_server(("127.0.0.1", 0)) as rank0:
+        for name, value in zip(TORCHRUN, ("1", "2", "127.0.0.1", str(rank0.getsockname()[1])), strict=True):
+            monkeypatch.setenv(name, value)
+        with subprocess.Popen([*RUN, *arguments(two_ranks)]) as process:
+            connection, _ = rank0.accept()
+            process.terminate()
+            try:
+                assert process.wait(10) == -signal.SIGTERM
+            finally:
+                process.kill()
+                connection.close()
+
+
+@pytest.mark.skipif(not SAFE_PATH, reason="Python can leave the working folder out from 3.11 on")
+def test_what_lies_in_the_working_folder_is_no_package_of_a_rank(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user, not a module')\n")
+    command = [Path(sys.executable).with_name("covo-run"), *arguments(two_ranks, "--max-new-tokens", "2", str(ENGLISH))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_has_a_device_of_its_own_wherever_rank_0_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as for the one process of torchrun --nproc-per-node 1
+    told = tmp_path / "told"
+    leader = Leader(2, [sys.executable, "-c", f"import os; open({str(told)!r}, 'w').write(os.environ['LOCAL_RANK'])"])
+    leader._children[1].wait()
+    leader.close()
+    assert told.read_text() == "1"
 
 
 def test_damage_in_another_ranks_file_is_told_before_any_text(two_ranks: Path, tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_both_paths_choose_the_same_tokens(model: CovoAudio) -> None:
         assert ours.tokens == generate.tokens and len(ours.tokens) == 6
 
 
+def test_an_id_that_tells_nothing_has_its_moment(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny model's ids many are parts of characters, or codes that nothing speaks here."""
+    moments: list[int] = []
+    monkeypatch.setattr(bench_decode, "between", lambda found: [moments.append(len(found)) or 1.0])
+    found = bench_decode.answers(model, None, 32)
+    assert moments == [len(row.tokens) for row in found] and all(row.ttft_s > 0 for row in found)
+
+
 def test_the_bytes_of_a_step(model: CovoAudio) -> None:
     config = model.config.llm
     weights = sum(p.nbytes for p in model.networks.llm.parameters()) - config.vocab_size * config.hidden_size * 4

@@ -133,6 +133,7 @@ def test_doctor_on_this_machine(convert_tiny):
 def test_doctor_says_which_kernels_serve_the_processor(answer, says, holds):
     rows = {finding.name: finding for finding in doctor(processor=answer).findings}
     assert says in rows["kernels for CPUs"].measured and rows["kernels for CPUs"].holds is holds
+    assert rows["covo-run --device cpu"].holds is (holds is None)
     assert "threads, PyTorch as AVX512" in rows["processor"].measured
     if answer.found:
         assert rows["kernels for CPUs"].fix == (answer.found["missing"] or "")
@@ -298,6 +299,19 @@ def test_doctor_advises_on_memory(dtype, less, convert_tiny, with_npu, monkeypat
         assert f"a conversion with --weights {less} needs less" in said[name] if less else "--weights" not in said[name]
     large = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0"})
     assert {f.name: f.fix for f in doctor(ckpt=convert_tiny(dtype), npu=large).findings}["NPU memory"] == ""
+
+
+def test_doctor_holds_a_card_to_what_one_rank_has(convert_tiny, with_npu):
+    """And the memory of a CPU, which all ranks share, to all of it."""
+    ckpt = convert_tiny("float32", 2)
+    files = {name: file.bytes for name, file in read_manifest(ckpt).files.items() if file.data_start is not None}
+    own = sum(files.values()) - files["llm-rank1of2.safetensors"]
+    for short, fits in ((0, True), (1, False)):
+        free = own + check_doctor.ACTIVATION_BYTES - short
+        npu = Probe({**NPU, "torch": "2.9.0", "torch_npu": "2.9.0", "free": free})
+        found = {f.name: f for f in doctor(ckpt=ckpt, npu=npu).findings}
+        assert (found["NPU memory"].fix == "") is fits
+    assert found["memory"].bound.startswith(f"{sum(files.values()) / 1e9:.1f} GB")
 
 
 def test_doctor_on_a_full_disk(monkeypatch):

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from covo_npu.kernels.errors import CovoError
-from covo_npu.tools.process import module_command
+from covo_npu.runtime.process import module_command
 from covo_npu.tools.report import proc_line
 
 if TYPE_CHECKING:

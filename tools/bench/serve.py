@@ -26,9 +26,9 @@ import click
 
 from covo_npu.runtime.checkpoint.format import read_manifest
 from covo_npu.runtime.cli import console, options
+from covo_npu.runtime.process import module_command
 from covo_npu.tools.bench.listener import Heard, ask, question
 from covo_npu.tools.bench.measure import MeasurementError
-from covo_npu.tools.process import module_command
 from covo_npu.tools.report import machine_line, machine_report, table
 
 PAUSE_S = 0.1  # a stream whose longest pause is below sounds continuous

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from covo_npu.runtime.checkpoint.memory import available_memory_bytes
+from covo_npu.runtime.process import module_command
 from covo_npu.tools.check.probes import REQUIRED
 from covo_npu.tools.check.result import Finding, Result, Subject, check
-from covo_npu.tools.process import module_command
 
 LIMIT_S = 120  # the first import of torch_npu takes half a minute on a cold disk
 MIN_TORCH = (2, 6)
@@ -69,11 +69,12 @@ class Probe:
 class Needs:
     """What a checkpoint wants of a device."""
 
-    weights_bytes: int
+    weights_bytes: int  # of all ranks, as on a CPU
+    card_bytes: int  # of rank 0, whose card has most
     smaller: str  # how the same model needs less, "" if it does not
 
 
-NOTHING = Needs(0, "")
+NOTHING = Needs(0, 0, "")
 Ask = Callable[..., Probe]  # `probe`, or a stand-in for tests
 
 
@@ -116,10 +117,10 @@ def examine(subject: Subject, ask: Ask = probe) -> Result:
     """Return what will and what will not run."""
     wanted, torch = subject.options.device, ask("torch")
     needs, checkpoint = _checkpoint(subject.ckpt)
-    findings = [*_packages(ask("packages")), *_torch(torch, ask)]
-    findings += _processor(torch.found, ask("processor")) if torch.found else []
+    processor = _processor(torch.found, ask("processor")) if torch.found else []
+    findings = [*_packages(ask("packages")), *_torch(torch, ask), *processor]
     findings += _products(ask("products", None, str(subject.ckpt))) if torch.found and needs.weights_bytes else []
-    usable = {"cpu": torch.found is not None}
+    usable = {"cpu": all(row.holds is not False for row in processor)}  # without PyTorch nothing runs at all
     for kind, look in (("npu", _npu), ("cuda", _cuda)):
         rows, usable[kind] = look(ask, wanted, needs)
         findings += rows
@@ -266,11 +267,11 @@ def _usable(name: str, index: str, says: Mapping[str, Any]) -> Finding:
 
 def _room(name: str, says: Mapping[str, Any], needs: Needs) -> list[Finding]:
     """Return whether the checkpoint fits into what is free on a device, [] if there is neither."""
-    if not needs.weights_bytes or "free" not in says:  # no such device
+    if not needs.card_bytes or "free" not in says:  # no such device
         return []
-    bound = f"{needs.weights_bytes / 1e9:.1f} GB of weights, {ACTIVATION_BYTES / 1e9:.0f} GB beside them"
+    bound = f"{needs.card_bytes / 1e9:.1f} GB of weights, {ACTIVATION_BYTES / 1e9:.0f} GB beside them"
     advice = f"it will run out of memory there; {needs.smaller or 'a smaller --max-context'} needs less"
-    fits = says["free"] >= needs.weights_bytes + ACTIVATION_BYTES
+    fits = says["free"] >= needs.card_bytes + ACTIVATION_BYTES
     return [Finding(f"{name} memory", f"{says['free'] / 1e9:.1f} GB free", bound, fix="" if fits else advice)]
 
 
@@ -327,12 +328,14 @@ def _checkpoint(folder: Path | None) -> tuple[Needs, Finding]:
         manifest = read_manifest(folder)
     except CovoError as error:
         return NOTHING, promised("checkpoint", str(error), False, "complete, of this version", "see the message")
-    size = sum(file.bytes for file in manifest.files.values() if file.data_start is not None)
+    sizes = {name: file.bytes for name, file in manifest.files.items() if file.data_start is not None}
+    size = sum(sizes.values())
+    of_others = sum(sizes[name] for name in manifest.ranks[1:])
     speech = "text and speech" if manifest.config.token2wav else "text only"
     dtype = f"{manifest.dtype}, products of the LLM in {manifest.weights}" if manifest.int8 else manifest.dtype
     measured = f"layout {manifest.layout_version}, {dtype}, {size / 1e9:.2f} GB, {speech}"
     smaller = (f"a conversion with --weights {word}" for word, held in INT8.items() if len(held) > len(manifest.int8))
-    return Needs(size, next(smaller, "")), promised(
+    return Needs(size, size - of_others, next(smaller, "")), promised(
         "checkpoint", measured, True, "manifest, headers and sizes agree; bytes: covo-check ckpt"
     )
 

@@ -15,8 +15,8 @@ from covo_npu.kernels.device import open_device
 from covo_npu.kernels.select import select
 from covo_npu.runtime.checkpoint.format import read_manifest
 from covo_npu.runtime.options import PRODUCTS
+from covo_npu.runtime.process import module_command
 from covo_npu.tools.check.result import CheckError, Finding, Result, Subject, check
-from covo_npu.tools.process import module_command
 from covo_npu.tools.question import write_made_up
 
 TOKENS = 64
