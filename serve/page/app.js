@@ -383,6 +383,7 @@ $("language").addEventListener("click", () => {
   speak(settings.language);
 });
 $("settings-open").addEventListener("click", openSettings);
+$("settings-close").addEventListener("click", () => $("settings").close()); // no submit button: Enter saves
 $("settings").addEventListener("close", saveSettings);
 
 speak(language);

@@ -384,7 +384,13 @@ def test_settings_reach_the_server(at):
         talker.settings(temperature="0.7", seed="11", silence="800")
         talker.hold()
         talker.ended(1)
-        talker.settings(system="Answer in rhyme.")  # opens a dialogue, so there is a new one
+        talker.page.locator("#settings-open").click()
+        talker.page.locator("#seed").fill("12")
+        talker.page.locator("#settings").get_by_role("button", name="Close").click()
+        talker.page.locator("#settings-open").click()
+        expect(talker.page.locator("#seed")).to_have_value("11")
+        talker.page.locator("#system").fill("Answer in rhyme.")  # opens a dialogue, so there is a new one
+        talker.page.locator("#seed").press("Enter")  # saves
         talker.hold()
         talker.ended(2)
         expect(talker.page.locator(".divider")).to_have_count(1)
