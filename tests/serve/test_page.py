@@ -404,6 +404,20 @@ def test_settings_reach_the_server(at):
     assert len(server.connections) == 3
 
 
+def test_a_browser_that_keeps_nothing_for_the_page(at):
+    refuse = """for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, {
+        get() { throw new DOMException("Access is denied for this document.", "SecurityError"); } });"""
+    with Scripted([SPOKEN]) as server, at(server) as talker:
+        talker.page.add_init_script(refuse)
+        talker.page.reload()
+        talker.settings(seed="11")
+        talker.page.locator("#language").click()
+        expect(talker.status).to_have_text("按住按钮说话")
+        talker.hold()
+        talker.ended()
+    assert server.events[0]["session"]["seed"] == 11
+
+
 def test_a_new_dialogue_forgets_the_old_one(at):
     with Scripted([SPOKEN]) as server, at(server) as talker:
         talker.hold()
