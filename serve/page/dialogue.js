@@ -57,6 +57,7 @@ export class Dialogue {
     this.forget();
     this.handsFree = handsFree;
     if (this.begun) this.on.restarted();
+    this.begun = false; // it is said once, however often the server does not answer
     this.connection = new Connection(
       (event) => this.handlers[event.type]?.(event),
       (problem) => this.lost(problem),

@@ -336,10 +336,16 @@ def test_a_server_that_dies_in_the_middle(at):
 
 def test_a_server_that_is_gone(at):
     with Scripted([SPOKEN]) as server, at(server, faults="ERR_CONNECTION|WebSocket") as talker:
+        talker.hold()
+        talker.ended()
         server.stop()
-        talker.talk.click()
-        expect(talker.notice).to_contain_text("The server cannot be reached")
-        talker.is_said("ready")
+        expect(talker.notice).to_contain_text("The server has ended the dialogue")
+        for _ in range(2):
+            talker.talk.click()
+            expect(talker.notice).to_contain_text("The server cannot be reached")
+            talker.is_said("ready")
+            talker.notice.get_by_role("button", name="Close").click()
+        expect(talker.page.locator(".divider")).to_have_count(1)
 
 
 def test_a_reply_that_fails_and_errors_of_the_server(at):
