@@ -88,7 +88,7 @@ export class Dialogue {
   }
 
   change(handsFree) {
-    if (this.handsFree === handsFree) return;
+    if (this.handsFree === handsFree && !this.frames.length) return; // else a question was begun and given up
     this.handsFree = handsFree;
     this.connection.send("input_audio_buffer.clear");
     this.dropFrames(this.position);

@@ -20,6 +20,10 @@ PIECE = 3 * FRAME  # samples of a question that are compared at a time
 SPOKEN = [("text", "The sky looks "), ("audio", speech(0.25, 1)), ("text", "blue."), ("audio", speech(0.3, 2))]
 SAMPLES = np.concatenate([value for kind, value in SPOKEN if kind == "audio"])
 LONG = [("text", "A long story."), ("audio", speech(6, 3))]
+# Keeps the tracks of the microphones that are opened.
+WATCH = """() => { window.tracks = []; const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+    navigator.mediaDevices.getUserMedia = async (given) => {
+      const stream = await ask(given); window.tracks.push(...stream.getTracks()); return stream; }; }"""
 
 
 @pytest.fixture
@@ -315,6 +319,37 @@ def test_a_microphone_that_another_program_holds(at):
         expect(talker.notice).to_contain_text("Another program may be using it")
 
 
+def test_a_question_that_was_given_up_is_none_of_the_next(at, tmp_path):
+    question = speech(0.7, 8)
+    soundfile.write(tmp_path / "question.wav", question, RATE)
+    with Scripted([SPOKEN]) as server, at(server) as talker:
+        talker.page.evaluate(WATCH)
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(500)
+        talker.upload(tmp_path / "question.wav")
+        talker.ended()
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(500)
+        talker.page.evaluate("window.tracks[0].dispatchEvent(new Event('ended'))")  # the microphone is taken away
+        expect(talker.notice).to_contain_text("No microphone was found")
+        talker.hold()
+        talker.ended(1)
+        kept = [talker.saved(talker.questions.nth(n)) for n in range(2)]
+    asked, held = [], []
+    for event in server.events:
+        if event["type"] == "input_audio_buffer.append":
+            held.append(event["samples"])
+        elif event["type"] == "input_audio_buffer.clear":
+            held.clear()
+        elif event["type"] == "input_audio_buffer.commit":
+            asked.append(np.concatenate(held))
+            held.clear()
+    assert np.array_equal(asked[0], question) and all(map(np.array_equal, asked, kept))
+    assert len(server.of("input_audio_buffer.clear")) == len(asked) == 2
+
+
 def test_a_server_that_dies_in_the_middle(at):
     partial = [*SPOKEN, ("wait", 0.3), ("die", None)]
     with Scripted([partial, SPOKEN]) as server, at(server, faults="WebSocket") as talker:
@@ -545,13 +580,10 @@ def test_nothing_moves_where_that_is_not_wanted(at):
 
 def test_the_microphone_is_given_back_when_nobody_looks(at):
     live = "window.tracks.filter((track) => track.readyState === 'live').length"
-    watch = """() => { window.tracks = []; const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
-        navigator.mediaDevices.getUserMedia = async (given) => {
-          const stream = await ask(given); window.tracks.push(...stream.getTracks()); return stream; }; }"""
     hide = """() => { Object.defineProperty(document, "hidden", { value: true, configurable: true });
         document.dispatchEvent(new Event("visibilitychange")); }"""
     with Scripted([SPOKEN]) as server, at(server) as talker:
-        talker.page.evaluate(watch)
+        talker.page.evaluate(WATCH)
         talker.hold()
         talker.ended()
         assert talker.page.evaluate(live) == 1
