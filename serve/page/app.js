@@ -78,6 +78,8 @@ function heardFrame(frame, rms) {
 
 /** Open the microphone and the loudspeaker. Returns whether both work. To be called from a press. */
 async function openSound() {
+  if (microphone.clean !== settings.clean) microphone.close();
+  if (!microphone.opening) lead = []; // of a microphone that was closed meanwhile
   hint = null;
   opening = true;
   changed();
@@ -290,7 +292,6 @@ function saveSettings() {
   settings.clean = $("clean").checked;
   if (settings.voices.length > 1) settings.voice = $("voice").value;
   save(settings);
-  if (before.clean !== settings.clean && !recording) microphone.close();
   const emptied = FIELDS.some((name) => before[name] !== "" && settings[name] === ""); // nothing says "the server's own"
   if (emptied || OPENING.some((name) => before[name] !== settings[name])) {
     endRecording();

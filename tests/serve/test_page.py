@@ -584,6 +584,7 @@ def test_the_microphone_is_given_back_when_nobody_looks(at):
         document.dispatchEvent(new Event("visibilitychange")); }"""
     with Scripted([SPOKEN]) as server, at(server) as talker:
         talker.page.evaluate(WATCH)
+        talker.settings(clean="off")
         talker.hold()
         talker.ended()
         assert talker.page.evaluate(live) == 1
@@ -592,3 +593,15 @@ def test_the_microphone_is_given_back_when_nobody_looks(at):
         talker.hold()
         talker.ended(1)
         assert talker.page.evaluate("window.tracks.length") == 2
+        # Nothing of what the first one heard is in it.
+        assert is_of(talker.saved(talker.questions.nth(1)), *talker.microphone())
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(300)
+        talker.settings(clean="on")  # while it listens
+        talker.talk.click()
+        talker.ended(2)
+        talker.hold()
+        talker.ended(3)
+        cleaned = talker.page.evaluate("window.tracks.map((track) => track.getSettings().echoCancellation)")
+        assert cleaned == [False, False, True]
