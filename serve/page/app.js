@@ -20,6 +20,7 @@ let language = firstLanguage(settings.language);
 let say = strings(language);
 let mode = "press"; // or handsFree
 let down = null; // the press while the button or the key is down: {since, up, tap}
+let key = null; // the one that pressed
 let opening = false; // the microphone is being opened
 let recording = null; // press and talk: "held" or "latched"; hands-free: "free"
 let hint = null; // a word for the status line until something else happens
@@ -342,10 +343,13 @@ document.addEventListener("keydown", (event) => {
   if (event.code === "Escape" && !$("settings").open) return interrupt();
   if (!forTalking(event)) return;
   event.preventDefault();
-  if (!event.repeat) press();
+  if (event.repeat) return;
+  key = event.code;
+  press();
 });
 document.addEventListener("keyup", (event) => {
-  if (!forTalking(event)) return;
+  if (event.code !== key) return; // wherever the focus is by now, and with whatever else is held
+  key = null;
   event.preventDefault();
   release();
 });

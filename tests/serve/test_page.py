@@ -128,8 +128,17 @@ def test_ways_to_press(at):
             talker.page.wait_for_timeout(200)
             act()
 
+        def held_with_control():
+            keyboard.down("Space")
+            talker.is_said("recording")
+            talker.page.wait_for_timeout(500)
+            keyboard.down("Control")
+            keyboard.up("Space")
+            keyboard.up("Control")
+
         ways = (
             lambda: held("Space"),
+            held_with_control,
             lambda: (talk.focus(), held("Enter")),
             lambda: twice(talk.click),
             lambda: twice(talk.tap),
