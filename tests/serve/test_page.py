@@ -286,6 +286,10 @@ def test_without_https_the_page_says_why_and_takes_files(chromium, tmp_path):
                 expect(talker.notice).to_contain_text(text)
             talker.accessible()
             talker.shot("no-https")
+            talker.page.set_viewport_size({"width": 568, "height": 320})  # a phone that lies: the buttons stay in sight
+            for part in ("#talk", ".modes", ".notice button"):
+                expect(talker.page.locator(part)).to_be_in_viewport(ratio=1)
+            talker.accessible()
             talker.page.get_by_role("button", name="Close").click()
             talker.talk.click()
             expect(talker.notice).to_contain_text("secure address")
