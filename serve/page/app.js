@@ -20,6 +20,7 @@ let language = firstLanguage(settings.language);
 let say = strings(language);
 let mode = "press"; // or handsFree
 let down = null; // the press while the button or the key is down: {since, up, tap}
+let key = null; // the one that pressed
 let opening = false; // the microphone is being opened
 let recording = null; // press and talk: "held" or "latched"; hands-free: "free"
 let hint = null; // a word for the status line until something else happens
@@ -78,6 +79,8 @@ function heardFrame(frame, rms) {
 
 /** Open the microphone and the loudspeaker. Returns whether both work. To be called from a press. */
 async function openSound() {
+  if (microphone.clean !== settings.clean) microphone.close();
+  if (!microphone.opening) lead = []; // of a microphone that was closed meanwhile
   hint = null;
   opening = true;
   changed();
@@ -290,7 +293,6 @@ function saveSettings() {
   settings.clean = $("clean").checked;
   if (settings.voices.length > 1) settings.voice = $("voice").value;
   save(settings);
-  if (before.clean !== settings.clean && !recording) microphone.close();
   const emptied = FIELDS.some((name) => before[name] !== "" && settings[name] === ""); // nothing says "the server's own"
   if (emptied || OPENING.some((name) => before[name] !== settings[name])) {
     endRecording();
@@ -341,10 +343,13 @@ document.addEventListener("keydown", (event) => {
   if (event.code === "Escape" && !$("settings").open) return interrupt();
   if (!forTalking(event)) return;
   event.preventDefault();
-  if (!event.repeat) press();
+  if (event.repeat) return;
+  key = event.code;
+  press();
 });
 document.addEventListener("keyup", (event) => {
-  if (!forTalking(event)) return;
+  if (event.code !== key) return; // wherever the focus is by now, and with whatever else is held
+  key = null;
   event.preventDefault();
   release();
 });
@@ -383,6 +388,7 @@ $("language").addEventListener("click", () => {
   speak(settings.language);
 });
 $("settings-open").addEventListener("click", openSettings);
+$("settings-close").addEventListener("click", () => $("settings").close()); // no submit button: Enter saves
 $("settings").addEventListener("close", saveSettings);
 
 speak(language);

@@ -7,7 +7,10 @@ const [NORMAL, GOING_AWAY] = [1000, 1001]; // RFC 6455: the server meant to clos
 /** An address of this server. Relative, so that the page may live below a path of a proxy. */
 const address = (path) => new URL(path, document.baseURI);
 
-const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
+/** The header of a key, in UTF-8: fetch takes a character for each byte. */
+function authorization(key) {
+  return key ? { Authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : {};
+}
 
 export class Connection {
   /** onEvent: called with each event of the server; onLost: called with {kind, reason} once, unless close() was called. */

@@ -57,6 +57,7 @@ export class Dialogue {
     this.forget();
     this.handsFree = handsFree;
     if (this.begun) this.on.restarted();
+    this.begun = false; // it is said once, however often the server does not answer
     this.connection = new Connection(
       (event) => this.handlers[event.type]?.(event),
       (problem) => this.lost(problem),
@@ -87,7 +88,7 @@ export class Dialogue {
   }
 
   change(handsFree) {
-    if (this.handsFree === handsFree) return;
+    if (this.handsFree === handsFree && !this.frames.length) return; // else a question was begun and given up
     this.handsFree = handsFree;
     this.connection.send("input_audio_buffer.clear");
     this.dropFrames(this.position);

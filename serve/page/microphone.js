@@ -37,6 +37,7 @@ export class Microphone {
   }
 
   async build(clean) {
+    this.clean = clean;
     const audio = { channelCount: 1, echoCancellation: clean, noiseSuppression: clean, autoGainControl: clean };
     this.stream = await navigator.mediaDevices.getUserMedia({ audio });
     // At the device's own rate: Firefox does not join a microphone to a context of another one.

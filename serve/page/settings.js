@@ -5,18 +5,26 @@ const UNASKED = { voices: [], speaks: true }; // of the server, until it has ans
 const NAME = "covo";
 
 export function load() {
-  return { ...DEFAULTS, ...stored(localStorage, {}), key: stored(sessionStorage, ""), ...UNASKED };
+  return { ...DEFAULTS, ...stored("localStorage", {}), key: stored("sessionStorage", ""), ...UNASKED };
 }
 
 export function save({ key, voices, speaks, ...rest }) {
-  localStorage.setItem(NAME, JSON.stringify(rest));
-  sessionStorage.setItem(NAME, JSON.stringify(key));
+  store("localStorage", rest);
+  store("sessionStorage", key);
 }
 
 function stored(storage, otherwise) {
   try {
-    return JSON.parse(storage.getItem(NAME)) ?? otherwise;
+    return JSON.parse(window[storage].getItem(NAME)) ?? otherwise;
   } catch {
-    return otherwise; // written by something else
+    return otherwise; // written by something else, or the browser keeps nothing for this page
+  }
+}
+
+function store(storage, value) {
+  try {
+    window[storage].setItem(NAME, JSON.stringify(value));
+  } catch {
+    // it holds until the page is closed
   }
 }

@@ -20,6 +20,10 @@ PIECE = 3 * FRAME  # samples of a question that are compared at a time
 SPOKEN = [("text", "The sky looks "), ("audio", speech(0.25, 1)), ("text", "blue."), ("audio", speech(0.3, 2))]
 SAMPLES = np.concatenate([value for kind, value in SPOKEN if kind == "audio"])
 LONG = [("text", "A long story."), ("audio", speech(6, 3))]
+# Keeps the tracks of the microphones that are opened.
+WATCH = """() => { window.tracks = []; const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+    navigator.mediaDevices.getUserMedia = async (given) => {
+      const stream = await ask(given); window.tracks.push(...stream.getTracks()); return stream; }; }"""
 
 
 @pytest.fixture
@@ -41,7 +45,8 @@ def test_press_talk_hear(at):
         talker.accessible()
         talker.shot("welcome")
         before = time.monotonic()
-        talker.hold(900)
+        given_s = talker.hold(900)
+        held_s = time.monotonic() - before
         talker.is_said("thinking")
         expect(talker.replies.locator(".words")).to_have_text("The sky looks ")  # as it comes
         talker.is_said("speaking")
@@ -61,7 +66,8 @@ def test_press_talk_hear(at):
     session = server.events[0]["session"]
     assert session["audio"]["input"] == {"format": {"type": "audio/pcm", "rate": RATE}, "turn_detection": None}
     assert {"instructions", "temperature", "seed"}.isdisjoint(session)
-    assert 0.9 * RATE - FRAME <= server.heard.size <= 2 * RATE  # what was begun of a frame when it ended is not sent
+    # What was begun of a frame when it ended is not sent.
+    assert 0 < given_s * RATE - 2 * FRAME <= server.heard.size <= held_s * RATE + FRAME
 
 
 def test_the_page_runs_nothing_but_its_own_scripts(at):
@@ -124,8 +130,17 @@ def test_ways_to_press(at):
             talker.page.wait_for_timeout(200)
             act()
 
+        def held_with_control():
+            keyboard.down("Space")
+            talker.is_said("recording")
+            talker.page.wait_for_timeout(500)
+            keyboard.down("Control")
+            keyboard.up("Space")
+            keyboard.up("Control")
+
         ways = (
             lambda: held("Space"),
+            held_with_control,
             lambda: (talk.focus(), held("Enter")),
             lambda: twice(talk.click),
             lambda: twice(talk.tap),
@@ -271,6 +286,10 @@ def test_without_https_the_page_says_why_and_takes_files(chromium, tmp_path):
                 expect(talker.notice).to_contain_text(text)
             talker.accessible()
             talker.shot("no-https")
+            talker.page.set_viewport_size({"width": 568, "height": 320})  # a phone that lies: the buttons stay in sight
+            for part in ("#talk", ".modes", ".notice button"):
+                expect(talker.page.locator(part)).to_be_in_viewport(ratio=1)
+            talker.accessible()
             talker.page.get_by_role("button", name="Close").click()
             talker.talk.click()
             expect(talker.notice).to_contain_text("secure address")
@@ -315,6 +334,37 @@ def test_a_microphone_that_another_program_holds(at):
         expect(talker.notice).to_contain_text("Another program may be using it")
 
 
+def test_a_question_that_was_given_up_is_none_of_the_next(at, tmp_path):
+    question = speech(0.7, 8)
+    soundfile.write(tmp_path / "question.wav", question, RATE)
+    with Scripted([SPOKEN]) as server, at(server) as talker:
+        talker.page.evaluate(WATCH)
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(500)
+        talker.upload(tmp_path / "question.wav")
+        talker.ended()
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(500)
+        talker.page.evaluate("window.tracks[0].dispatchEvent(new Event('ended'))")  # the microphone is taken away
+        expect(talker.notice).to_contain_text("No microphone was found")
+        talker.hold()
+        talker.ended(1)
+        kept = [talker.saved(talker.questions.nth(n)) for n in range(2)]
+    asked, held = [], []
+    for event in server.events:
+        if event["type"] == "input_audio_buffer.append":
+            held.append(event["samples"])
+        elif event["type"] == "input_audio_buffer.clear":
+            held.clear()
+        elif event["type"] == "input_audio_buffer.commit":
+            asked.append(np.concatenate(held))
+            held.clear()
+    assert np.array_equal(asked[0], question) and all(map(np.array_equal, asked, kept))
+    assert len(server.of("input_audio_buffer.clear")) == len(asked) == 2
+
+
 def test_a_server_that_dies_in_the_middle(at):
     partial = [*SPOKEN, ("wait", 0.3), ("die", None)]
     with Scripted([partial, SPOKEN]) as server, at(server, faults="WebSocket") as talker:
@@ -336,10 +386,16 @@ def test_a_server_that_dies_in_the_middle(at):
 
 def test_a_server_that_is_gone(at):
     with Scripted([SPOKEN]) as server, at(server, faults="ERR_CONNECTION|WebSocket") as talker:
+        talker.hold()
+        talker.ended()
         server.stop()
-        talker.talk.click()
-        expect(talker.notice).to_contain_text("The server cannot be reached")
-        talker.is_said("ready")
+        expect(talker.notice).to_contain_text("The server has ended the dialogue")
+        for _ in range(2):
+            talker.talk.click()
+            expect(talker.notice).to_contain_text("The server cannot be reached")
+            talker.is_said("ready")
+            talker.notice.get_by_role("button", name="Close").click()
+        expect(talker.page.locator(".divider")).to_have_count(1)
 
 
 def test_a_reply_that_fails_and_errors_of_the_server(at):
@@ -384,7 +440,13 @@ def test_settings_reach_the_server(at):
         talker.settings(temperature="0.7", seed="11", silence="800")
         talker.hold()
         talker.ended(1)
-        talker.settings(system="Answer in rhyme.")  # opens a dialogue, so there is a new one
+        talker.page.locator("#settings-open").click()
+        talker.page.locator("#seed").fill("12")
+        talker.page.locator("#settings").get_by_role("button", name="Close").click()
+        talker.page.locator("#settings-open").click()
+        expect(talker.page.locator("#seed")).to_have_value("11")
+        talker.page.locator("#system").fill("Answer in rhyme.")  # opens a dialogue, so there is a new one
+        talker.page.locator("#seed").press("Enter")  # saves
         talker.hold()
         talker.ended(2)
         expect(talker.page.locator(".divider")).to_have_count(1)
@@ -396,6 +458,20 @@ def test_settings_reach_the_server(at):
             for e in server.of("session.update")]  # fmt: skip
     assert said == [(None, None, None), (0.7, 11, None), (0.7, 11, "Answer in rhyme."), (None, 11, "Answer in rhyme.")]
     assert len(server.connections) == 3
+
+
+def test_a_browser_that_keeps_nothing_for_the_page(at):
+    refuse = """for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, {
+        get() { throw new DOMException("Access is denied for this document.", "SecurityError"); } });"""
+    with Scripted([SPOKEN]) as server, at(server) as talker:
+        talker.page.add_init_script(refuse)
+        talker.page.reload()
+        talker.settings(seed="11")
+        talker.page.locator("#language").click()
+        expect(talker.status).to_have_text("按住按钮说话")
+        talker.hold()
+        talker.ended()
+    assert server.events[0]["session"]["seed"] == 11
 
 
 def test_a_new_dialogue_forgets_the_old_one(at):
@@ -519,13 +595,11 @@ def test_nothing_moves_where_that_is_not_wanted(at):
 
 def test_the_microphone_is_given_back_when_nobody_looks(at):
     live = "window.tracks.filter((track) => track.readyState === 'live').length"
-    watch = """() => { window.tracks = []; const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
-        navigator.mediaDevices.getUserMedia = async (given) => {
-          const stream = await ask(given); window.tracks.push(...stream.getTracks()); return stream; }; }"""
     hide = """() => { Object.defineProperty(document, "hidden", { value: true, configurable: true });
         document.dispatchEvent(new Event("visibilitychange")); }"""
     with Scripted([SPOKEN]) as server, at(server) as talker:
-        talker.page.evaluate(watch)
+        talker.page.evaluate(WATCH)
+        talker.settings(clean="off")
         talker.hold()
         talker.ended()
         assert talker.page.evaluate(live) == 1
@@ -534,3 +608,15 @@ def test_the_microphone_is_given_back_when_nobody_looks(at):
         talker.hold()
         talker.ended(1)
         assert talker.page.evaluate("window.tracks.length") == 2
+        # Nothing of what the first one heard is in it.
+        assert is_of(talker.saved(talker.questions.nth(1)), *talker.microphone())
+        talker.talk.click()
+        talker.is_said("latched")
+        talker.page.wait_for_timeout(300)
+        talker.settings(clean="on")  # while it listens
+        talker.talk.click()
+        talker.ended(2)
+        talker.hold()
+        talker.ended(3)
+        cleaned = talker.page.evaluate("window.tracks.map((track) => track.getSettings().echoCancellation)")
+        assert cleaned == [False, False, True]

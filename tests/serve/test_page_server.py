@@ -24,7 +24,7 @@ from covo_npu.runtime.events import Done
 SHORT = Ask(max_new_tokens=60)
 LONG = Ask(sampling=Sampling(temperature=1.0), max_new_tokens=400, seed=8)  # answers ENGLISH for 2 s
 CODE_MS = 40
-KEY = "what only friends know"
+KEY = "was nur Freunde wissen: 朋友"  # fetch takes no such text for a header
 
 
 @pytest.fixture(scope="module", autouse=True)

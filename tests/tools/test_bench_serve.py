@@ -67,9 +67,9 @@ def test_what_is_heard_of_a_reply() -> None:
     with answering(200, pieces) as url:
         heard = listener.ask(url, listener.question(b"RIFF", 5, seed=3), "key")
     assert heard.ok and heard.tokens == 7 and heard.audio_s == pytest.approx(0.5)
-    # Waits are lower bounds: a busy machine makes all of them longer, and none shorter.
-    assert heard.ttft_s >= 0.1 and heard.itl_s[0] >= 0.09 and heard.ttfa_s >= 0.3 and heard.ended_s >= 0.6
-    assert heard.rtf >= 0.6 / 0.5 and len(heard.pauses_s) == 1 and heard.pauses_s[0] >= 0.1
+    # A busy machine makes all moments later and none earlier; what is between two of them it makes shorter, too.
+    assert heard.ttft_s >= 0.1 and heard.ttft_s + heard.itl_s[0] >= 0.2 and heard.ttfa_s >= 0.3 and heard.ended_s >= 0.6
+    assert heard.rtf >= 0.6 / 0.5 and len(heard.pauses_s) == 1 and heard.ttfa_s + 0.1 + heard.pauses_s[0] >= 0.6
 
 
 @pytest.mark.parametrize(
