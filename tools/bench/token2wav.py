@@ -78,7 +78,7 @@ def evaluation_flops(config: DiTConfig, frames: int, before: int = 0) -> float:
 
 
 def vocoder_flops(config: VocoderConfig, frames: int) -> float:
-    """Return the operations of the convolutions, without the anti-alias filters."""
+    """Return the operations of the convolutions as plain sums, of which Winograd's way saves some; no filters."""
     channels, rate = config.initial_channels, 1
     products = config.latent_dim * channels * 7
     for stage_rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
