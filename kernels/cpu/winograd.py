@@ -58,10 +58,13 @@ def serves(x: Tensor, weight: Tensor, length: int, dilation: int) -> bool:
 def conv1d(best: str, x: Tensor, transformed: Tensor, bias: Tensor | None, length: int, dilation: int) -> Tensor:
     """Return the first `length` samples [B, C_out, length] of the convolution of x, [B, C_in, L]; then zeros follow."""
     tiles = -(-length // (TAPS * dilation)) * dilation
-    ahead = (transformed.shape[-1] - 1) * dilation
-    signal = library.winograd_signal(best, x, tiles + ahead, dilation).flatten(1, 2)
+    fours = transformed.shape[-1]
+    signal = library.winograd_signal(best, x, tiles + (fours - 1) * dilation, dilation).flatten(1, 2)
+    # One four has no distance to a next one. Asked for a distance of 1, oneDNN takes its product of single taps, whose
+    # sums depend on the number of threads.
+    apart = dilation if fours > 1 else 2
     points, biases = len(VALUES), [None] * len(transformed) if bias is None else bias.chunk(len(transformed))
-    products = (F.conv1d(signal, part, None, 1, 0, dilation, points).unflatten(1, (points, -1)) for part in transformed)
+    products = (F.conv1d(signal, part, None, 1, 0, apart, points).unflatten(1, (points, -1)) for part in transformed)
     results = [
         library.winograd_results(best, product, of_part, length, dilation)
         for product, of_part in zip(products, biases, strict=True)
