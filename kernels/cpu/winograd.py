@@ -42,7 +42,13 @@ def transformed_weight(weight: Tensor, stride: int, groups: int) -> Tensor | Non
     fewest = -(-len(VALUES) * fours.nbytes // (TAPS * MOST_BYTES))
     parts = next((count for count in range(fewest, size_out) if size_out % count == 0), size_out)
     fours = fours.view(parts, size_out // parts, *fours.shape[1:])
-    return torch.einsum("pt,noict->npoic", weight.new_tensor(VALUES), fours).flatten(1, 2).contiguous()
+    by_tap = [tap.contiguous() for tap in fours.unbind(-1)]
+    transformed = weight.new_zeros(parts, len(VALUES), *fours.shape[1:-1])
+    for point, row in enumerate(VALUES):  # in a product of matrices bits would depend on the number of threads
+        for value, tap in zip(row, by_tap, strict=True):
+            if value:
+                transformed[:, point] += value * tap
+    return transformed.flatten(1, 2)
 
 
 def serves(x: Tensor, weight: Tensor, length: int, dilation: int) -> bool:
