@@ -140,6 +140,16 @@ def test_where_it_gains() -> None:
     assert cpu.transformed_weight(weight[:15], 1, 1) is None and cpu.transformed_weight(weight[..., :2], 1, 1) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bias_of_another_dtype(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs(7, 300, 1)
+    transformed = winograd.transformed_weight(weight, 1, 1)
+    assert transformed is not None
+    best, other = library.usable_sets()[0], bias.to(dtype)
+    found, expected = (winograd.conv1d(best, x, transformed, each, 300, 1) for each in (other, other.float()))
+    assert torch.equal(found, expected)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     x, weight, bias = inputs(7, 1500, 3, channels=64)
     best, before, results = library.usable_sets()[0], torch.get_num_threads(), []
