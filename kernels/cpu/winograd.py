@@ -1,8 +1,9 @@
 """Convolutions by Winograd's way, F(4, 4): seven products for four results of four taps instead of sixteen.
 
 Sources: S. Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, arXiv 1509.09308. csrc/winograd.h
-transforms signals and results; the products between are oneDNN's. Results are about four times as far from exact sums
-as those of a plain convolution in float32. A sample that is not finite reaches some results more than it has taps for.
+transforms signals and results; the products between are oneDNN's. Results are two to four times as far from exact
+sums as those of a plain convolution in float32. A sample that is not finite, or beyond 1e37, reaches some results more
+than it has taps for.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from covo_npu.kernels.cpu import library
 
 TAPS = 4
-# [7, 4]: the polynomial of four taps at 0, 1, -1, 1/2, -1/2, 2 and infinity, times what csrc/winograd.h leaves out.
+# [7, 4]: the polynomial of four taps at 0, 1, -1, 1/2, -1/2, 2 and infinity. The factor of a row, 2/3 or 8/45, stands
+# here, where it is rounded once, so that those of csrc/winograd.h are exact in binary.
 VALUES = (
     (1, 0, 0, 0),
     (2 / 3, 2 / 3, 2 / 3, 2 / 3),
