@@ -87,7 +87,8 @@ class CPU:
         length = x.shape[-1] + 2 * padding - dilation * (weight.shape[-1] - 1)
         if transformed is None or not winograd.serves(x, weight, length, dilation):
             return native.conv1d(x, weight, bias, stride, padding, dilation, groups)
-        return winograd.conv1d(self.choice.instructions, F.pad(x, (padding, 0)), transformed, bias, length, dilation)
+        padded = F.pad(x, (padding, 0)) if padding else x  # a copy even by nothing
+        return winograd.conv1d(self.choice.instructions, padded, transformed, bias, length, dilation)
 
     def anti_aliased_snake(
         self,

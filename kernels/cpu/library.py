@@ -228,9 +228,9 @@ def winograd_signal(best: str, x: Tensor, tiles: int, dilation: int) -> Tensor:
 
     tiles is a multiple of dilation, which is at most MOST_DILATION; see csrc/winograd.h.
     """
-    x = x.contiguous()
-    products = x.new_empty(x.shape[0], WINOGRAD_POINTS, x.shape[1], tiles)
-    job = _Winograd(x.data_ptr(), products.data_ptr(), None, *x.shape, tiles, dilation)
+    x, (slots, channels, length) = x.contiguous(), x.shape
+    products = x.new_empty(slots, WINOGRAD_POINTS, channels, tiles)
+    job = _Winograd(x.data_ptr(), products.data_ptr(), None, slots, channels, length, tiles, dilation)
     library().covo_winograd_signal(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
     return products
 
@@ -238,7 +238,7 @@ def winograd_signal(best: str, x: Tensor, tiles: int, dilation: int) -> Tensor:
 def winograd_results(best: str, products: Tensor, bias: Tensor | None, length: int, dilation: int) -> Tensor:
     """Return [B, C, length], at most 4 * tiles long, plus the bias [C]. products: [B, WINOGRAD_POINTS, C, tiles]."""
     slots, _, channels, tiles = products.shape
-    products, bias = products.contiguous(), None if bias is None else bias.contiguous()
+    products, bias = products.contiguous(), None if bias is None else bias.float().contiguous()
     y = products.new_empty(slots, channels, length)
     job = _Winograd(y.data_ptr(), products.data_ptr(), _address(bias), *y.shape, tiles, dilation)
     library().covo_winograd_results(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))

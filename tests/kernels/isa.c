@@ -1,7 +1,8 @@
 /* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
  * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
  *
- * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions" or "neon_bf16: not executed here".
+ * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions" or "neon_bf16: not executed
+ * here".
  * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
  */
 #include <stdio.h>

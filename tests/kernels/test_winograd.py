@@ -140,14 +140,25 @@ def test_where_it_gains() -> None:
     assert cpu.transformed_weight(weight[:15], 1, 1) is None and cpu.transformed_weight(weight[..., :2], 1, 1) is None
 
 
-@pytest.mark.parametrize("taps", [3, 7, 11])
-def test_bits_do_not_depend_on_threads(taps: int) -> None:
-    x, weight, bias = inputs(taps, 1500, 1, channels=40)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bias_of_another_dtype(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs(7, 300, 1)
     transformed = winograd.transformed_weight(weight, 1, 1)
     assert transformed is not None
+    best, other = library.usable_sets()[0], bias.to(dtype)
+    found, expected = (winograd.conv1d(best, x, transformed, each, 300, 1) for each in (other, other.float()))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("taps", [3, 7, 11])
+def test_bits_do_not_depend_on_threads(taps: int) -> None:
+    x, weight, bias = inputs(taps, 1500, 1, channels=64)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(winograd.conv1d(library.usable_sets()[0], x, transformed, bias, 1500, 1))
+        transformed = winograd.transformed_weight(weight, 1, 1)
+        assert transformed is not None
+        results.append((transformed, winograd.conv1d(library.usable_sets()[0], x, transformed, bias, 1500, 1)))
     torch.set_num_threads(before)
-    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from covo_npu.kernels import native, select
+from covo_npu.kernels import cpu, native, select
+from covo_npu.kernels.cpu import winograd
 from covo_npu.tools.check import kernels
 from covo_npu.tools.check.kernels import ALLOWED
 
@@ -77,6 +78,13 @@ def test_every_kernel_has_a_case() -> None:
     measured = {"masked_attention", "masked_decode_attention"}
     made_of_others = measured | {"key_mask", "step_mask", "conv_weight", "transformed_weight"}  # preparations
     assert {case.function for case in CASES.values()} | made_of_others == set(select.FUNCTIONS)
+
+
+def test_a_convolution_has_the_second_form_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "VALUES", winograd.VALUES[::-1])
+    monkeypatch.setattr(kernels, "_cases", lambda: [CASES["conv1d"]])
+    found = {finding.name: finding.holds for finding in kernels.findings(cpu.CPU(), CPU)}
+    assert (found["conv1d, float32"], found["conv1d, bfloat16"]) == (False, True)
 
 
 def test_a_refused_call_is_a_finding_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-/* The functions that library.py calls: which sets there are, products, attention, the activation; and how they use threads. */
+/* The functions that library.py calls: which sets there are, products, attention, the activation, the transforms of
+ * convolutions; and how they use threads. */
 #include "covo.h"
 
 #include <pthread.h>
