@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
     from covo_npu.runtime.options import Ask
 
-Results = dict[str, list[str]]  # id -> the names of the questions that were answered
+Results = dict[str, tuple[list[str], bool]]  # id -> the names of the questions that were answered, whether it failed
 
 RESULTS = "results.jsonl"
 SETTINGS = "results.settings.json"  # how those were answered
@@ -131,7 +131,7 @@ def require_apart(folder: Path, json_file: str | None) -> None:
 
 @contextlib.contextmanager
 def results_file(folder: Path, settings: Mapping[str, Any] | None = None) -> Iterator[tuple[IO[bytes], Results]]:
-    """Yield the results of a folder, open for appending and locked, and what is in them: id -> questions answered.
+    """Yield the results of a folder, open for appending and locked, and what is in them.
 
     A last line without its end, of a run that was cut off while writing, is removed: its dialogue is answered again.
     settings: how dialogues are answered now; beside results that were made otherwise nothing is written. Raises
@@ -156,7 +156,7 @@ def results_file(folder: Path, settings: Mapping[str, Any] | None = None) -> Ite
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                done[entry["id"]] = [Path(one["input"]).name for one in entry.get("rounds", ())]
+                done[entry["id"]] = [Path(one["input"]).name for one in entry.get("rounds", ())], "error" in entry
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise BatchError(
                     f"{path}: line {number} is not a result; remove it, or choose another --output"
@@ -290,12 +290,13 @@ def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callabl
 
 
 def _require_same_questions(items: Iterable[Item], done: Results, folder: Path) -> None:
-    """Raise BatchError if a dialogue was answered before, and its questions have other names now."""
-    others = [
-        item.id
-        for item in items
-        if any(legible(asked.name) != name for asked, name in zip(item.questions, done.get(item.id, ()), strict=False))
-    ]
+    """Raise BatchError if a dialogue was answered before, and has other questions now, by name or number."""
+    others = []
+    for item in items:
+        asked = [legible(question.name) for question in item.questions]
+        answered, failed = done.get(item.id, (asked, False))
+        if answered != (asked[: len(answered)] if failed else asked):
+            others.append(item.id)
     if others:
         raise BatchError(
             f"{folder / RESULTS}: holds results of other questions under these ids: "

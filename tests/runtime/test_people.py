@@ -316,6 +316,10 @@ def test_a_batch_is_not_mixed_with_other_settings_or_questions(covo_run, plain, 
     code, _, err = covo_run("--mode", "a2t", "--batch", batch)
     assert code == 1 and "other questions" in err and "'a'" in err
     assert contents(tmp_path / "replies") == before
+    batch.write_text('{"id": "a", "audio": ["plain.wav", "other.wav"]}\n')
+    code, _, err = covo_run("--mode", "a2t", "--batch", batch)
+    assert code == 1 and "other questions" in err and "'a'" in err
+    assert contents(tmp_path / "replies") == before
     batch.write_text('{"id": "a", "audio": "plain.wav"}\n{"id": "b", "audio": "other.wav"}\n')
     assert covo_run("--mode", "a2t", "--batch", batch)[0] == 0
 
