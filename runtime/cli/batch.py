@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -253,14 +253,13 @@ def answers(engine: Engine, items: Iterable[Item], ask: Ask) -> Generator[Answer
             engine.cancel(ticket)
 
 
-def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callable[[Answer], None]) -> Totals:
-    """Return the totals after answering all dialogues of `source` that the results in `folder` lack.
+def run(engine: Engine, ask: Ask, items: Sequence[Item], folder: Path, on_answer: Callable[[Answer], None]) -> Totals:
+    """Return the totals after answering all dialogues that the results in `folder` lack.
 
     An answer's WAV files are written first, then its line, which is on the disk when the next one is begun: after an
     interruption the same command goes on with what is missing. A dialogue that fails is an answer too, with "error".
     Raises BatchError if the results there were made with other settings, or of other questions.
     """
-    items = read_items(source)
     with results_file(folder, settings_of(engine.model, ask)) as (file, done):
         _require_same_questions(items, done, folder)
         rounds = tokens = failed = 0

@@ -51,7 +51,7 @@ def compared(found: dict[str, dict]) -> dict[str, object]:
 
 
 def run(model: CovoAudio, batch: Path, folder: Path, on_answer: Callable[[Answer], None] = lambda answer: None):
-    return batch_cli.run(Engine(model, 2), Ask("a2t", max_new_tokens=6), batch, folder, on_answer)
+    return batch_cli.run(Engine(model, 2), Ask("a2t", max_new_tokens=6), batch_cli.read_items(batch), folder, on_answer)
 
 
 def test_results_of_a_file(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
@@ -105,14 +105,16 @@ def test_an_interruption_leaves_nothing_that_is_still_spoken(model: CovoAudio, b
 
     engine.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        batch_cli.run(engine, Ask(max_new_tokens=48), batch, tmp_path / "out", lambda answer: None)
+        items = batch_cli.read_items(batch)
+        batch_cli.run(engine, Ask(max_new_tokens=48), items, tmp_path / "out", lambda answer: None)
     assert engine.speaking == 0 and engine.free_slots == engine.num_slots
 
 
 def test_speech_is_written_under_names_of_any_id(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
     batch.write_text(json.dumps({"id": "../a b", "audio": ENGLISH.name}) + "\n")
     folder = tmp_path / "out"
-    batch_cli.run(Engine(model, 2), Ask(max_new_tokens=12), batch, folder, lambda answer: None)
+    items = batch_cli.read_items(batch)
+    batch_cli.run(Engine(model, 2), Ask(max_new_tokens=12), items, folder, lambda answer: None)
     [line] = lines(folder).values()
     speaks = bool(line["rounds"][0]["audio_codes"])
     assert speaks == (line["rounds"][0]["wav"] is not None) == ((folder / "..%2Fa%20b-01.wav").exists())

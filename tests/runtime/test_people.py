@@ -324,6 +324,15 @@ def test_a_batch_is_not_mixed_with_other_settings_or_questions(covo_run, plain, 
     assert covo_run("--mode", "a2t", "--batch", batch)[0] == 0
 
 
+def test_a_batch_comes_through_a_pipe(covo_run, plain, tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b'{"id": "a", "audio": "%s"}\n' % os.fsencode(plain))
+    os.close(writer)
+    code, out, _ = covo_run("--mode", "a2t", "--batch", f"/dev/fd/{reader}")
+    os.close(reader)
+    assert code == 0 and "\n1 dialogues: " in out
+
+
 def processes(command, terminal_input, tmp_path, **streams):
     """Return (exit code, what the terminal showed) of a process whose stdin, and what is not named, is a terminal."""
     primary, secondary = pty.openpty()
