@@ -151,16 +151,18 @@ def results_file(folder: Path, settings: Mapping[str, Any] | None = None) -> Ite
                 raise
             output.warn_once(f"{folder}: no locks there ({error.strerror}): let no second process write there")
         file.seek(0)
-        whole, _, _ = file.read().rpartition(b"\n")
+        whole, _, cut = file.read().rpartition(b"\n")
         done: Results = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                done[entry["id"]] = [Path(one["input"]).name for one in entry.get("rounds", ())], "error" in entry
+                done[entry["id"]] = [Path(one["input"]).name for one in entry["rounds"]], "error" in entry
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise BatchError(
                     f"{path}: line {number} is not a result; remove it, or choose another --output"
                 ) from error
+        if cut and not (folder / SETTINGS).exists():  # a run of ours notes its settings before its first line
+            raise BatchError(f"{path}: its last line is not a result; remove it, or choose another --output")
         _require_same(folder / SETTINGS, settings or {}, bool(done))
         file.truncate(len(whole) + 1 if whole else 0)
         file.seek(0, os.SEEK_END)

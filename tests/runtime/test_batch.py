@@ -162,12 +162,21 @@ def test_file_systems_without_locks_work(code: int, tmp_path: Path, monkeypatch,
     assert "let no second process write there" in caplog.text
 
 
-def test_results_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"id": "a", "rounds": []}\nnotes\n', "line 2"),
+        ('{"id": "a", "audio": "a.wav"}\n', "line 1"),  # a file of dialogues
+        ('{"id": "a", "rounds": []}\nnotes', "its last line"),  # no run of ours was cut off there
+        ('{"accuracy": 0.93}', "its last line"),
+    ],
+)
+def test_results_that_are_not_ours_are_left_alone(text: str, place: str, tmp_path: Path) -> None:
     path = tmp_path / batch_cli.RESULTS
-    path.write_text('{"id": "a"}\nnotes\n')
-    with pytest.raises(batch_cli.BatchError, match="line 2 is not a result"), batch_cli.results_file(tmp_path):
+    path.write_text(text)
+    with pytest.raises(batch_cli.BatchError, match=f"{place} is not a result"), batch_cli.results_file(tmp_path):
         pass
-    assert path.read_text() == '{"id": "a"}\nnotes\n'
+    assert path.read_text() == text
 
 
 def test_two_processes_do_not_write_the_same_results(tmp_path: Path) -> None:
