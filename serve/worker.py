@@ -226,7 +226,7 @@ class Worker:
     async def reply(self, question: Question) -> AsyncIterator[ReplyStream]:
         """Give the events of the reply to a question; who leaves early cancels it. Raises what Engine.submit raises."""
         self._loop = asyncio.get_running_loop()
-        stream = ReplyStream(self, question, Meter(self.metrics))
+        stream = ReplyStream(self, question, Meter(self.metrics, question.ask.blocks is not None))
         try:
             await self.call(lambda: self._begin(stream))
             yield stream

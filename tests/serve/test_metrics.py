@@ -1,18 +1,21 @@
-"""What is counted of questions: each ends in one way."""
+"""What is counted of questions: each ends in one way, and pauses are those that somebody hears."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
 import torch
 
 from covo_npu.runtime import CovoAudio, Engine
 from covo_npu.runtime.engine import Dialogue
+from covo_npu.runtime.events import Audio, Ticket
 from covo_npu.runtime.options import Ask
 from covo_npu.serve import worker
 from covo_npu.serve.errors import ApiError
+from covo_npu.serve.metrics import Meter, Metrics
 from covo_npu.serve.service import Service
 from covo_npu.serve.settings import Settings
 from covo_npu.serve.worker import READY, Question, ReplyStream
@@ -84,3 +87,16 @@ def test_a_question_ends_in_one_way(model: CovoAudio, use: Use, expected: str) -
 def test_a_reply_that_is_not_read_fails_once(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "MAX_UNREAD_SAMPLES", -1)
     assert ends(model, failing) == {"reader too slow": 1}
+
+
+@pytest.mark.parametrize(("streamed", "pauses", "seconds"), [(True, 2, 1.5), (False, 0, 0.0)])
+def test_only_a_stream_can_pause(streamed: bool, pauses: int, seconds: float) -> None:
+    """Two seconds of speech a piece, the next one after two, two and a half and three: of a reply that is sent whole,
+    nobody hears when its pieces were made."""
+    metrics, moments = Metrics(), iter((0.0, 1.0, 3.0, 5.5, 8.5))
+    meter = Meter(metrics, streamed, lambda: next(moments))
+    for _ in range(4):
+        meter.see(Audio(Ticket(1), np.zeros(48_000, np.float32)))
+    value = metrics.registry.get_sample_value
+    assert value("covo_audio_underrun_total") == pauses
+    assert value("covo_audio_underrun_seconds_total") == pytest.approx(seconds)
