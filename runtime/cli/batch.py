@@ -76,10 +76,12 @@ class Totals:
 def read_items(path: Path) -> list[Item]:
     """Return the dialogues of a file: one JSON object a line with "id", a text of its own, and "audio", path or list.
 
-    Relative paths start at the file's folder. Raises BatchError with the faults of the first ten lines that have any.
+    Relative paths start at the file's folder, of a pipe at the working folder. Raises BatchError with the faults of the
+    first ten lines that have any.
     """
     items: dict[str, Item] = {}
     faults = []
+    folder = path.parent if path.is_file() else Path()
     try:
         content = path.read_bytes()
         if content.startswith(UTF_16):
@@ -97,7 +99,7 @@ def read_items(path: Path) -> list[Item]:
         except (ValueError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
         else:
-            items[name] = Item(name, tuple(path.parent / file for file in audio))
+            items[name] = Item(name, tuple(folder / file for file in audio))
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise BatchError(
