@@ -29,7 +29,7 @@ class Metrics:
         self.rtf = self._histogram("audio_rtf", "Seconds to the last audio, a second of speech", RTF)
         self.underruns = self._counter("audio_underrun", "Pauses of playback of a stream because audio came late")
         self.underrun_s = self._counter("audio_underrun_seconds", "Length of these pauses")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of questions, without what was cached")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, without the rounds before")
         self.tokens = self._counter("generation_tokens", "Tokens of replies", "kind")
         self.http = self._counter("http_requests", "Requests by status", "path", "status")
         self.vad_s = self._histogram("vad_seconds", "Time to judge a piece of audio")
