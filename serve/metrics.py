@@ -27,9 +27,9 @@ class Metrics:
         self.latency_s = self._histogram("e2e_request_latency_seconds", "To the end of the reply")
         self.audio_s = self._histogram("audio_duration_seconds", "Speech of a reply")
         self.rtf = self._histogram("audio_rtf", "Seconds to the last audio, a second of speech", RTF)
-        self.underruns = self._counter("audio_underrun", "Pauses of playback because audio came late")
+        self.underruns = self._counter("audio_underrun", "Pauses of playback of a stream because audio came late")
         self.underrun_s = self._counter("audio_underrun_seconds", "Length of these pauses")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of questions, without what was cached")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, without the rounds before")
         self.tokens = self._counter("generation_tokens", "Tokens of replies", "kind")
         self.http = self._counter("http_requests", "Requests by status", "path", "status")
         self.vad_s = self._histogram("vad_seconds", "Time to judge a piece of audio")
@@ -52,10 +52,11 @@ class Metrics:
 
 
 class Meter:
-    """The course of one reply, event by event; playback is thought to start with the first audio."""
+    """The course of one reply, event by event; playback of a stream is thought to start with the first audio."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self._metrics, self._clock = metrics, clock
+    def __init__(self, metrics: Metrics, streamed: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        """streamed: whether audio is sent while it is made; else it is played when all of it is there."""
+        self._metrics, self._streamed, self._clock = metrics, streamed, clock
         self.asked = clock()
         self._texts = self._samples = 0
         self._last_audio = 0.0
@@ -86,7 +87,7 @@ class Meter:
         if not self._samples:
             self._metrics.ttfp_s.observe(now - self.asked)
             self._played_until = now
-        elif (late := now - self._played_until) > 0:
+        elif self._streamed and (late := now - self._played_until) > 0:
             self._metrics.underruns.inc()
             self._metrics.underrun_s.inc(late)
             self._played_until = now

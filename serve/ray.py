@@ -178,8 +178,8 @@ def app(args: dict[str, Any]) -> serve.Application:
     """Return the application for `serve run` and Ray's configurations.
 
     args: the options of covo-serve without their dashes: ckpt, device, replicas, slots and so on, but for the address,
-    which is Ray's. An option that may be given several times takes a list, a flag true or false. Raises ValueError and
-    CovoError.
+    which is Ray's. An option that may be given several times takes a list, a flag true or false; None is not given.
+    Raises ValueError and CovoError.
     """
     if given := sorted(ADDRESS & {_option(name) for name in args}):
         raise ValueError(f"{', '.join(given)}: Ray Serve listens, where its http_options say")
@@ -198,7 +198,9 @@ def _option(name: str) -> str:
 
 
 def _spelled(option: str, value: Any) -> list[str]:
-    """Return the words of an option on a command line."""
+    """Return the words of an option on a command line; none for None, which is YAML's null."""
+    if value is None:
+        return []
     if isinstance(value, list):
         return [word for one in value for word in _spelled(option, one)]
     value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value

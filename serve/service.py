@@ -65,7 +65,7 @@ class Service:
     @property
     def voices(self) -> list[str]:
         """Names of the voices, the default one first; none if the server has no speech."""
-        return [DEFAULT_VOICE, *self.settings.voices] if self.model.num_codes else []
+        return list(dict.fromkeys((DEFAULT_VOICE, *self.settings.voices))) if self.model.num_codes else []
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
         """Return what a function gives that would hold up the event loop: it runs in one of a few threads."""
@@ -125,7 +125,7 @@ class Service:
         if name is not None and name in voices:
             return voices[name]
         if name is None or name == DEFAULT_VOICE or name in OPENAI_VOICES:
-            return self.settings.ask.voice
+            return voices.get(DEFAULT_VOICE, self.settings.ask.voice)
         known = ", ".join(self.voices)
         raise invalid("audio.voice", f"there is no voice {name!r}; there is: {known}")
 

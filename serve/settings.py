@@ -18,10 +18,10 @@ MIB = 1 << 20
 class Settings:
     """What covo-serve offers, to whom, and how much of it.
 
-    ask: how questions are answered that say nothing else; voices: by name, beside the default one; model_names: what
-    clients may call the model, the first is its own; origins: pages of other servers that may use this one; trusted:
-    whoever reaches the server may use it without a key, under any host name; session_header: by which a router in front
-    keeps a dialogue at one of several replicas, None: there is one server.
+    ask: how questions are answered that say nothing else; voices: by name, beside the default one, or in its place;
+    model_names: what clients may call the model, the first is its own; origins: pages of other servers that may use
+    this one; trusted: whoever reaches the server may use it without a key, under any host name; session_header: by
+    which a router in front keeps a dialogue at one of several replicas, None: there is one server.
     """
 
     ask: Ask = field(default_factory=Ask)

@@ -82,9 +82,8 @@ class ReplyStream:
         if isinstance(event, Audio):
             self._unread_samples += event.samples.size
         if self._unread_samples > MAX_UNREAD_SAMPLES:
-            self._worker.metrics.fail.labels("reader too slow").inc()
             self.fail(ApiError(500, "the reply was not read fast enough and was given up", "reader_too_slow"))
-            self.close()
+            self.close("reader too slow")
         elif isinstance(event, Failed):
             self.fail(event.error)
         else:
@@ -137,10 +136,13 @@ class ReplyStream:
         self._news.set()
         return kept
 
-    def close(self) -> None:
-        """Want no more. A reply under way is cancelled; a dialogue that nobody holds is forgotten."""
+    def close(self, reason: str = "cancelled") -> None:
+        """Want no more. A reply under way is cancelled; a dialogue that nobody holds is forgotten.
+
+        reason: what a reply under way is counted as.
+        """
         self._ended = True
-        self._worker.post(lambda: self._worker.leave(self))
+        self._worker.post(lambda: self._worker.leave(self, reason))
 
 
 class Worker:
@@ -224,7 +226,7 @@ class Worker:
     async def reply(self, question: Question) -> AsyncIterator[ReplyStream]:
         """Give the events of the reply to a question; who leaves early cancels it. Raises what Engine.submit raises."""
         self._loop = asyncio.get_running_loop()
-        stream = ReplyStream(self, question, Meter(self.metrics))
+        stream = ReplyStream(self, question, Meter(self.metrics, question.ask.blocks is not None))
         try:
             await self.call(lambda: self._begin(stream))
             yield stream
@@ -262,8 +264,7 @@ class Worker:
 
     def interrupt(self, stream: ReplyStream, keep: bool) -> bool:
         """End the reply of a stream where it is; see ReplyStream.interrupt."""
-        self._forget_stream(stream)
-        self.metrics.fail.labels("interrupted").inc()
+        self._forget_stream(stream, "interrupted")
         if keep:
             return self.engine.interrupt(stream.ticket) or stream.complete
         self.engine.cancel(stream.ticket)
@@ -271,11 +272,9 @@ class Worker:
             self.engine.rewind(stream.dialogue, stream.before)
         return False
 
-    def leave(self, stream: ReplyStream) -> None:
+    def leave(self, stream: ReplyStream, reason: str) -> None:
         """End what is under way for a stream; see ReplyStream.close."""
-        if self._streams.get(stream.ticket) is stream:
-            self.metrics.fail.labels("cancelled").inc()
-        self._forget_stream(stream)
+        self._forget_stream(stream, reason)
         self.engine.cancel(stream.ticket)
         if stream.dialogue not in self.dialogues:
             self.dialogues.forget(stream.dialogue)
@@ -288,8 +287,10 @@ class Worker:
         self._streams[stream.ticket] = stream
         self._waiting.add(stream.ticket)
 
-    def _forget_stream(self, stream: ReplyStream) -> None:
-        self._streams.pop(stream.ticket, None)
+    def _forget_stream(self, stream: ReplyStream, reason: str | None = None) -> None:
+        """Tell a stream nothing more. reason: why its reply is not whole, counted if it was under way."""
+        if self._streams.pop(stream.ticket, None) and reason:
+            self.metrics.fail.labels(reason).inc()
         self._waiting.discard(stream.ticket)
 
     def _run(self) -> None:
@@ -343,7 +344,7 @@ class Worker:
                 stream.question.remember(self.dialogues, stream.dialogue, event.reply)
                 self._usual_s += 0.1 * (stream.meter.age_s - self._usual_s)
             if isinstance(event, Done | Failed):
-                self._forget_stream(stream)
+                self._forget_stream(stream, "failed" if isinstance(event, Failed) else None)
             told.append((stream, event))
         if told:
             self._on_loop(lambda: _put(told))
@@ -353,7 +354,6 @@ class Worker:
 
     def _examine(self, error: Exception) -> None:
         """Look whether a reply failed because the device did. Raises what the device raises then."""
-        self.metrics.fail.labels("failed").inc()
         if not isinstance(error, CovoError):
             torch.ones(1, device=self.engine.model.device).add(1).item()
 
@@ -364,6 +364,7 @@ class Worker:
     def _end_streams(self, error: ApiError) -> None:
         streams, self._streams = list(self._streams.values()), {}
         self._waiting.clear()
+        self.metrics.fail.labels("failed").inc(len(streams))
         self._on_loop(lambda: _fail(streams, error))
 
     def _on_loop(self, work: Callable[[], object]) -> None:

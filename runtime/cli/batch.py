@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from covo_npu.runtime.model import CovoAudio
     from covo_npu.runtime.options import Ask
 
-Results = dict[str, list[str]]  # id -> the names of the questions that were answered
+Results = dict[str, tuple[list[str], bool]]  # id -> the names of the questions that were answered, whether it failed
 
 RESULTS = "results.jsonl"
 SETTINGS = "results.settings.json"  # how those were answered
@@ -76,10 +76,12 @@ class Totals:
 def read_items(path: Path) -> list[Item]:
     """Return the dialogues of a file: one JSON object a line with "id", a text of its own, and "audio", path or list.
 
-    Relative paths start at the file's folder. Raises BatchError with the faults of the first ten lines that have any.
+    Relative paths start at the file's folder, of a pipe at the working folder. Raises BatchError with the faults of the
+    first ten lines that have any.
     """
     items: dict[str, Item] = {}
     faults = []
+    folder = path.parent if path.is_file() else Path()
     try:
         content = path.read_bytes()
         if content.startswith(UTF_16):
@@ -97,7 +99,7 @@ def read_items(path: Path) -> list[Item]:
         except (ValueError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
         else:
-            items[name] = Item(name, tuple(path.parent / file for file in audio))
+            items[name] = Item(name, tuple(folder / file for file in audio))
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise BatchError(
@@ -131,7 +133,7 @@ def require_apart(folder: Path, json_file: str | None) -> None:
 
 @contextlib.contextmanager
 def results_file(folder: Path, settings: Mapping[str, Any] | None = None) -> Iterator[tuple[IO[bytes], Results]]:
-    """Yield the results of a folder, open for appending and locked, and what is in them: id -> questions answered.
+    """Yield the results of a folder, open for appending and locked, and what is in them.
 
     A last line without its end, of a run that was cut off while writing, is removed: its dialogue is answered again.
     settings: how dialogues are answered now; beside results that were made otherwise nothing is written. Raises
@@ -151,16 +153,18 @@ def results_file(folder: Path, settings: Mapping[str, Any] | None = None) -> Ite
                 raise
             output.warn_once(f"{folder}: no locks there ({error.strerror}): let no second process write there")
         file.seek(0)
-        whole, _, _ = file.read().rpartition(b"\n")
+        whole, _, cut = file.read().rpartition(b"\n")
         done: Results = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                done[entry["id"]] = [Path(one["input"]).name for one in entry.get("rounds", ())]
+                done[entry["id"]] = [Path(one["input"]).name for one in entry["rounds"]], "error" in entry
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise BatchError(
                     f"{path}: line {number} is not a result; remove it, or choose another --output"
                 ) from error
+        if cut and not (folder / SETTINGS).exists():  # a run of ours notes its settings before its first line
+            raise BatchError(f"{path}: its last line is not a result; remove it, or choose another --output")
         _require_same(folder / SETTINGS, settings or {}, bool(done))
         file.truncate(len(whole) + 1 if whole else 0)
         file.seek(0, os.SEEK_END)
@@ -253,14 +257,13 @@ def answers(engine: Engine, items: Iterable[Item], ask: Ask) -> Generator[Answer
             engine.cancel(ticket)
 
 
-def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callable[[Answer], None]) -> Totals:
-    """Return the totals after answering all dialogues of `source` that the results in `folder` lack.
+def run(engine: Engine, ask: Ask, items: Sequence[Item], folder: Path, on_answer: Callable[[Answer], None]) -> Totals:
+    """Return the totals after answering all dialogues that the results in `folder` lack.
 
     An answer's WAV files are written first, then its line, which is on the disk when the next one is begun: after an
     interruption the same command goes on with what is missing. A dialogue that fails is an answer too, with "error".
     Raises BatchError if the results there were made with other settings, or of other questions.
     """
-    items = read_items(source)
     with results_file(folder, settings_of(engine.model, ask)) as (file, done):
         _require_same_questions(items, done, folder)
         rounds = tokens = failed = 0
@@ -290,12 +293,13 @@ def run(engine: Engine, ask: Ask, source: Path, folder: Path, on_answer: Callabl
 
 
 def _require_same_questions(items: Iterable[Item], done: Results, folder: Path) -> None:
-    """Raise BatchError if a dialogue was answered before, and its questions have other names now."""
-    others = [
-        item.id
-        for item in items
-        if any(legible(asked.name) != name for asked, name in zip(item.questions, done.get(item.id, ()), strict=False))
-    ]
+    """Raise BatchError if a dialogue was answered before, and has other questions now, by name or number."""
+    others = []
+    for item in items:
+        asked = [legible(question.name) for question in item.questions]
+        answered, failed = done.get(item.id, (asked, False))
+        if answered != (asked[: len(answered)] if failed else asked):
+            others.append(item.id)
     if others:
         raise BatchError(
             f"{folder / RESULTS}: holds results of other questions under these ids: "

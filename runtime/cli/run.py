@@ -88,8 +88,9 @@ def command(
         stream = not batch and (screen.live or piped)
     if (batch or ask.speaks) and not piped:
         require_writable_folder(output)
-    if batch:  # what is wrong with its files is told before the weights are loaded
-        batches.read_items(batch)
+    items = None
+    if batch:  # what is wrong with its files is told before the weights are loaded; a pipe can be read once
+        items = batches.read_items(batch)
         batches.require_apart(output, json_file)
     with _load(ckpt, dataclasses.replace(options, speech=ask.speaks)) as model:
         ask = speech.completed(ask, model) if ask.speaks else ask
@@ -97,7 +98,7 @@ def command(
         report = _report(model)
         try:
             screen.line(_ready_line(report) + model.report.places)
-            failed = _answer(model, ask, wav, batch, output, max_batch, report, screen)
+            failed = _answer(model, ask, wav, items, output, max_batch, report, screen)
         finally:  # whatever ends it, what was answered is not lost
             kept = console.keep_json(json_file, report, screen)
     return console.OK if kept and not failed else console.FAULT
@@ -107,15 +108,15 @@ def _answer(
     model: CovoAudio,
     ask: Ask,
     wav: tuple[str, ...],
-    batch: Path | None,
+    items: list[batches.Item] | None,
     output: Path,
     max_batch: int,
     report: dict[str, Any],
     screen: console.Screen,
 ) -> bool:
     """Return whether a round or a dialogue failed. Fills the report."""
-    if batch:
-        failed = _batch(model, ask, batch, output, max_batch, report, screen)
+    if items is not None:
+        failed = _batch(model, ask, items, output, max_batch, report, screen)
     else:
         from covo_npu.runtime.cli.dialogue import converse
         from covo_npu.runtime.session import Session
@@ -172,7 +173,13 @@ def _ready_line(report: dict[str, Any]) -> str:
 
 
 def _batch(
-    model: CovoAudio, ask: Ask, file: Path, output: Path, slots: int, report: dict[str, Any], screen: console.Screen
+    model: CovoAudio,
+    ask: Ask,
+    items: list[batches.Item],
+    output: Path,
+    slots: int,
+    report: dict[str, Any],
+    screen: console.Screen,
 ) -> bool:
     """Return whether a dialogue of --batch failed. Fills the report's totals and errors."""
     from covo_npu.runtime.engine import Engine
@@ -186,7 +193,7 @@ def _batch(
         tokens = sum(len(reply.tokens) for reply in answer.replies)
         screen.line(f"{answer.item.id}: {len(answer.replies)} rounds, {tokens} tokens")
 
-    totals = batches.run(Engine(model, slots), ask, file, output, show)
+    totals = batches.run(Engine(model, slots), ask, items, output, show)
     report["totals"] = dataclasses.asdict(totals)
     skipped = f", {totals.skipped} answered before" if totals.skipped else ""
     screen.line(

@@ -51,7 +51,7 @@ def compared(found: dict[str, dict]) -> dict[str, object]:
 
 
 def run(model: CovoAudio, batch: Path, folder: Path, on_answer: Callable[[Answer], None] = lambda answer: None):
-    return batch_cli.run(Engine(model, 2), Ask("a2t", max_new_tokens=6), batch, folder, on_answer)
+    return batch_cli.run(Engine(model, 2), Ask("a2t", max_new_tokens=6), batch_cli.read_items(batch), folder, on_answer)
 
 
 def test_results_of_a_file(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
@@ -105,14 +105,16 @@ def test_an_interruption_leaves_nothing_that_is_still_spoken(model: CovoAudio, b
 
     engine.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        batch_cli.run(engine, Ask(max_new_tokens=48), batch, tmp_path / "out", lambda answer: None)
+        items = batch_cli.read_items(batch)
+        batch_cli.run(engine, Ask(max_new_tokens=48), items, tmp_path / "out", lambda answer: None)
     assert engine.speaking == 0 and engine.free_slots == engine.num_slots
 
 
 def test_speech_is_written_under_names_of_any_id(model: CovoAudio, batch: Path, tmp_path: Path) -> None:
     batch.write_text(json.dumps({"id": "../a b", "audio": ENGLISH.name}) + "\n")
     folder = tmp_path / "out"
-    batch_cli.run(Engine(model, 2), Ask(max_new_tokens=12), batch, folder, lambda answer: None)
+    items = batch_cli.read_items(batch)
+    batch_cli.run(Engine(model, 2), Ask(max_new_tokens=12), items, folder, lambda answer: None)
     [line] = lines(folder).values()
     speaks = bool(line["rounds"][0]["audio_codes"])
     assert speaks == (line["rounds"][0]["wav"] is not None) == ((folder / "..%2Fa%20b-01.wav").exists())
@@ -160,12 +162,21 @@ def test_file_systems_without_locks_work(code: int, tmp_path: Path, monkeypatch,
     assert "let no second process write there" in caplog.text
 
 
-def test_results_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"id": "a", "rounds": []}\nnotes\n', "line 2"),
+        ('{"id": "a", "audio": "a.wav"}\n', "line 1"),  # a file of dialogues
+        ('{"id": "a", "rounds": []}\nnotes', "its last line"),  # no run of ours was cut off there
+        ('{"accuracy": 0.93}', "its last line"),
+    ],
+)
+def test_results_that_are_not_ours_are_left_alone(text: str, place: str, tmp_path: Path) -> None:
     path = tmp_path / batch_cli.RESULTS
-    path.write_text('{"id": "a"}\nnotes\n')
-    with pytest.raises(batch_cli.BatchError, match="line 2 is not a result"), batch_cli.results_file(tmp_path):
+    path.write_text(text)
+    with pytest.raises(batch_cli.BatchError, match=f"{place} is not a result"), batch_cli.results_file(tmp_path):
         pass
-    assert path.read_text() == '{"id": "a"}\nnotes\n'
+    assert path.read_text() == text
 
 
 def test_two_processes_do_not_write_the_same_results(tmp_path: Path) -> None:

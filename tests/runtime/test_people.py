@@ -316,8 +316,21 @@ def test_a_batch_is_not_mixed_with_other_settings_or_questions(covo_run, plain, 
     code, _, err = covo_run("--mode", "a2t", "--batch", batch)
     assert code == 1 and "other questions" in err and "'a'" in err
     assert contents(tmp_path / "replies") == before
+    batch.write_text('{"id": "a", "audio": ["plain.wav", "other.wav"]}\n')
+    code, _, err = covo_run("--mode", "a2t", "--batch", batch)
+    assert code == 1 and "other questions" in err and "'a'" in err
+    assert contents(tmp_path / "replies") == before
     batch.write_text('{"id": "a", "audio": "plain.wav"}\n{"id": "b", "audio": "other.wav"}\n')
     assert covo_run("--mode", "a2t", "--batch", batch)[0] == 0
+
+
+def test_a_batch_comes_through_a_pipe(covo_run, plain, tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b'{"id": "a", "audio": "plain.wav"}\n')  # of the working folder: a pipe is in none
+    os.close(writer)
+    code, out, _ = covo_run("--mode", "a2t", "--batch", f"/dev/fd/{reader}")
+    os.close(reader)
+    assert code == 0 and "\n1 dialogues: " in out
 
 
 def processes(command, terminal_input, tmp_path, **streams):

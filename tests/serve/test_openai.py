@@ -22,10 +22,12 @@ from pydantic import TypeAdapter
 from serve.harness import CHINESE, ENGLISH, LONG, MODEL, Running, b64, serving, spoken
 from serve.test_security import ask
 
-from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, wav
+from covo_npu.runtime import Ask, CovoAudio, Engine, Reply, Sampling, Session, audio, wav
 from covo_npu.runtime.engine import ContextError
 from covo_npu.runtime.options import SpeechBlocks
 from covo_npu.runtime.voice import read_voice
+from covo_npu.serve.service import Service
+from covo_npu.serve.settings import Settings
 
 SPEECH: dict[str, Any] = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 STREAM: dict[str, Any] = {**SPEECH, "audio": {"voice": "alloy", "format": "pcm16"}, "stream": True}
@@ -495,6 +497,13 @@ def test_voices_side_by_side(model: CovoAudio, tiny_source: Path, tmp_path: Path
         assert found == [audio.to_pcm16(waveform) for waveform in expected] and len(set(found)) == 3
         with pytest.raises(openai.BadRequestError, match="there is: default, deep, high"):
             create(client, [spoken(ENGLISH)], **{**SPEECH, "audio": {"voice": "low", "format": "wav"}})
+
+
+def test_a_voice_of_the_name_default_is_the_default_one(model: CovoAudio, tiny_source: Path) -> None:
+    own = read_voice(tiny_source / "token2wav" / "prompt", model.speech.config.dit)
+    service = Service(Engine(model), Settings(voices={"deep": own, "default": own}))
+    assert service.voices == ["default", "deep"]
+    assert all(service.ask(True, None, name, {}, {}, True).voice is own for name in (None, "default", "alloy"))
 
 
 class Flaky(httpx2.HTTPTransport):

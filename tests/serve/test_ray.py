@@ -354,6 +354,13 @@ def test_options_become_a_deployment(ckpt: Path) -> None:
     assert pickle.loads(pickle.dumps(launch)) == launch
 
 
+def test_options_without_a_value_are_not_given(ckpt: Path) -> None:
+    """As YAML has them, and templates of it: null was a key and a system prompt of four letters."""
+    nothing = dict.fromkeys(("api_key", "system", "voices", "max_replicas", "insecure"))
+    [launch] = app(said(ckpt, **nothing))._bound_deployment.init_args
+    assert (launch.settings.api_keys, launch.settings.ask.system, launch.voices) == ((), None, None)
+
+
 def test_autoscaling_by_slots(ckpt: Path) -> None:
     deployment = app(said(ckpt, slots=6, max_replicas=9, upscale_s=3, downscale_s=40))._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config

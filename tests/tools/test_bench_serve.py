@@ -77,6 +77,7 @@ def test_what_is_heard_of_a_reply() -> None:
     [
         (429, [b"{}"], 429),
         (200, [delta(transcript="a")], 0),  # it ends before it is over
+        (200, [b"data: {\n\n", DONE], 0),
         (200, [b'data: {"error": {"message": "x"}}\n\n', DONE], 500),
     ],
 )
@@ -168,6 +169,8 @@ def test_bench(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
         (("--ckpt", "x", "--url", "http://x"), 2, "expected --ckpt"),
         (("--url", "localhost:8000"), 2, "--url is http://HOST:PORT"),
         (("--url", "http://127.0.0.1:9"), 1, "a first question was answered with status none"),
+        (("--url", "http://HOST:PORT"), 1, "a first question was answered with status none"),
+        (("--url", "http://127.0.0.1:9", "--api-key", "“key”"), 1, "a first question was answered with status none"),
         (("--ckpt", "nowhere", "--dialogues", "1"), 1, "nowhere: no such folder"),
         (("--url", "http://127.0.0.1:9", "--wav", "nowhere.wav"), 1, "nowhere.wav"),
     ],

@@ -6,6 +6,7 @@ Only the standard library: what is measured is the server, and a server elsewher
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import time
@@ -28,7 +29,7 @@ class Heard:
     Playback is thought to begin with the first sound; a pause is where it has played all that has come.
     """
 
-    status: int  # of HTTP; 0: the connection was lost
+    status: int  # of HTTP; 0: there was none, or the connection was lost
     ended_s: float
     tokens: int = 0
     ttft_s: float = 0.0  # to the first text
@@ -64,20 +65,18 @@ def ask(url: str, body: bytes, api_key: str) -> Heard:
     """Return how a question was answered, refusals and lost connections too."""
     place = urlsplit(url)
     kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-    connection = kind(place.netloc, timeout=TIMEOUT_S)
     headers = {"content-type": "application/json", "authorization": f"Bearer {api_key}"}
     sent = time.perf_counter()
     try:
-        connection.request("POST", place.path.rstrip("/") + PATH, body, headers)
-        answer = connection.getresponse()
-        if answer.status != http.client.OK:
-            answer.read()
-            return Heard(answer.status, time.perf_counter() - sent)
-        return _listen(answer, sent)
-    except (OSError, http.client.HTTPException):
+        with contextlib.closing(kind(place.netloc, timeout=TIMEOUT_S)) as connection:
+            connection.request("POST", place.path.rstrip("/") + PATH, body, headers)
+            answer = connection.getresponse()
+            if answer.status != http.client.OK:
+                answer.read()
+                return Heard(answer.status, time.perf_counter() - sent)
+            return _listen(answer, sent)
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: no address, no key, or no events
         return Heard(0, time.perf_counter() - sent)
-    finally:
-        connection.close()
 
 
 def _listen(answer: http.client.HTTPResponse, sent: float) -> Heard:
