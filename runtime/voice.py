@@ -95,6 +95,15 @@ def read_voice(folder: str | os.PathLike[str], config: DiTConfig) -> Voice:
     return _checked(parts, config, {name: file for name, (file, _) in FILES.items()}, str(folder), problems)
 
 
+def read_voices(folder: Path, config: DiTConfig) -> dict[str, Voice]:
+    """Return the voices in the sub-folders of a folder, by name. Raises what read_voice raises, and OSError.
+
+    Hidden sub-folders are none: a ConfigMap that Kubernetes has mounted has some.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {name: read_voice(folder / name, config) for name in names}
+
+
 def stored_voice(tensors: Mapping[str, Tensor], config: DiTConfig, where: str) -> Voice:
     """Return the voice of a checkpoint. tensors: those of its token2wav file. Raises ConfigError that names `where`."""
     labels = {name: f"{STORED}{name}" for name in FILES}

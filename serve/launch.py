@@ -61,13 +61,11 @@ class Launch:
         return service
 
     def _voices(self, model: CovoAudio) -> dict[str, Voice]:
-        """Return the voices in the sub-folders of a folder, by name. Raises ConfigError, and OSError."""
-        folder = self.voices
-        if folder is None:
+        """Return the voices of --voices, by name. Raises ConfigError, and OSError."""
+        if self.voices is None:
             return {}
-        from covo_npu.runtime.voice import read_voice
+        from covo_npu.runtime.voice import read_voices
 
         if model.config.token2wav is None or not model.can_speak:
             raise CovoError("a server that answers in text only has no voices: leave out --voices")
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        return {name: read_voice(folder / name, model.config.token2wav.dit) for name in names}
+        return read_voices(self.voices, model.config.token2wav.dit)

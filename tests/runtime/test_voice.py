@@ -16,7 +16,7 @@ import torch
 from covo_npu.runtime import CovoAudio
 from covo_npu.runtime.checkpoint.config import ConfigError
 from covo_npu.runtime.checkpoint.format import read_manifest
-from covo_npu.runtime.voice import FILES, no_voice, read_voice, stored_voice
+from covo_npu.runtime.voice import FILES, no_voice, read_voice, read_voices, stored_voice
 from covo_npu.tools.synth.config import PRESETS
 
 DIT = PRESETS["tiny"].token2wav.dit
@@ -132,3 +132,11 @@ def test_a_voice_is_a_value(folder: Path) -> None:
     assert replace(voice, prompt_codes=voice.prompt_codes[:5]).num_codes == 5 and voice.num_codes == 11
     nobody = no_voice(DIT)
     assert (nobody.num_codes, nobody.num_frames) == (0, 0) and not nobody.speaker_embedding.any()
+
+
+def test_hidden_folders_are_no_voices(folder: Path) -> None:
+    """As Kubernetes mounts a ConfigMap: a folder ..data is what the names beside it lead to."""
+    (folder.parent / "..data").mkdir()
+    folder.rename(folder.parent / "..data/voice")
+    folder.symlink_to("..data/voice")
+    assert list(read_voices(folder.parent, DIT)) == ["voice"]
