@@ -36,13 +36,11 @@ def error_bound(best: str, x: Tensor, weight: Tensor, bias: Tensor, dilation: in
     values = torch.tensor(winograd.VALUES, dtype=torch.float64).abs()
     weights = torch.einsum("pt,oict->poic", values, F.pad(weight.abs(), (0, 4 * fours - taps)).unflatten(-1, (-1, 4)))
     padded = F.pad(x.abs(), (0, dilation * (4 * fours + 8)))
-    sizes = torch.empty(x.shape[0], len(weight), length, dtype=torch.float64)
-    for at in range(length):
-        first = at - at // dilation % 4 * dilation  # of its tile
-        samples = padded[..., first : first + dilation * (4 * fours + 3) : dilation].unfold(-1, 7, 4)
-        tile = torch.einsum("ps,bics->bpic", of_signal, samples[:, :, :fours])
-        products = torch.einsum("poic,bpic->bop", weights, tile)
-        sizes[..., at] = products @ of_results[at // dilation % 4]
+    at = torch.arange(length)
+    number = at // dilation % 4  # of a result in its tile
+    samples = (at - number * dilation)[:, None] + dilation * torch.arange(4 * fours + 3)
+    tiles = torch.einsum("ps,bincs->bpinc", of_signal, padded[..., samples].unfold(-1, 7, 4))
+    sizes = torch.einsum("np,bopn->bon", of_results[number], torch.einsum("poic,bpinc->bopn", weights, tiles))
     steps = 7 + 5 + weight.shape[1] * fours + 9
     return 1.01 * steps * 2.0**-24 * (sizes + bias.abs()[:, None])
 
