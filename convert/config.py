@@ -7,7 +7,6 @@ from typing import Any
 
 from covo_npu.convert.errors import ConvertError, Kind, refuse
 from covo_npu.runtime.checkpoint.config import (
-    LARGEST_INT,
     AdapterConfig,
     DiTConfig,
     EncoderConfig,
@@ -17,6 +16,7 @@ from covo_npu.runtime.checkpoint.config import (
     Token2WavConfig,
     VocoderConfig,
     VoiceConfig,
+    is_number,
 )
 
 CONFIG = "config.json"
@@ -237,8 +237,7 @@ class _Fields:
         value = next(iter(found.values()), None)
         stated = ", ".join(f"{path} = {number!r}" for path, number in found.items())
         self.require(all(number == value for number in found.values()), f"these disagree: {stated}")
-        valid = isinstance(value, float) or (type(value) is int and abs(value) < LARGEST_INT)
-        return float(value) if self.require(valid, _expected(" or ".join(paths), "a number", value)) else 1.0  # type: ignore[arg-type]
+        return float(value) if self.require(is_number(value), _expected(" or ".join(paths), "a number", value)) else 1.0  # type: ignore[arg-type]
 
     def list(self, path: str) -> list[Any]:
         """Return a list."""

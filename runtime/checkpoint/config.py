@@ -168,6 +168,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number for which a float stands."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST_INT)
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
@@ -180,7 +185,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < LARGEST_INT)):
+    if hint is float and is_number(value):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
