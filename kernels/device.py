@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from covo_npu.kernels.errors import BackendError
+from covo_npu.kernels.errors import BackendError, first_line
 
 Work = Callable[[], None]
 
@@ -184,7 +184,7 @@ class DeviceCapture:
             module.synchronize()
         except RuntimeError as error:
             # Ending a capture that has failed raises an error of its own; what went wrong stands behind it.
-            reason = str(error.__context__ or error).splitlines()[0]
+            reason = first_line(error.__context__ or error)
             raise BackendError(
                 f"{module.__name__.rpartition('.')[2]}: work could not be captured as a graph ({reason}): start "
                 "again with --graph off, and please report it"

@@ -15,3 +15,8 @@ def listed(items: Sequence[str], shown: int = 10, separator: str = "; ") -> str:
     """Return the first `shown` items of a message, and how many more there are."""
     more = [f"... and {len(items) - shown} more"] if len(items) > shown else []
     return separator.join([*items[:shown], *more])
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covo_npu.kernels import native
-from covo_npu.kernels.errors import BackendError
+from covo_npu.kernels.errors import BackendError, first_line
 from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
 
 try:
@@ -30,7 +30,7 @@ try:
         import torch_npu
 except (ImportError, OSError, RuntimeError) as error:  # not installed; no CANN; of another torch
     raise BackendError(
-        f"device npu: torch_npu cannot be imported ({str(error).splitlines()[0]}). It needs three things: (1) CANN, "
+        f"device npu: torch_npu cannot be imported ({first_line(error)}). It needs three things: (1) CANN, "
         "toolkit and operators, made known to this shell by `source /usr/local/Ascend/cann/set_env.sh` (before CANN "
         "8.5 ascend-toolkit instead of cann); (2) a torch_npu that matches both: torch and torch_npu 2.9.0 for "
         f"CANN 8.5.0, 2.12.0 for CANN 9.1.0 (found torch {torch.__version__}); (3) the driver: "

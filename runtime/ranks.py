@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from covo_npu.kernels.errors import CovoError
+from covo_npu.kernels.errors import CovoError, first_line
 from covo_npu.runtime.parallel import BACKENDS, Collectives, Tally
 
 BEAT_S = 1.0
@@ -206,7 +206,7 @@ class Leader:
         except Exception as error:
             with self._changed:  # a rank that is gone fails the collectives of the others a moment before it is missed
                 self._changed.wait_for(lambda: self.fault or self._closing, timeout=GRACE_S)
-            self._fail(f"rank 0 of {self.size}: {_reason(error)}")
+            self._fail(f"rank 0 of {self.size}: {first_line(error)}")
             raise RankError(self.fault or "this model was closed, and with it its ranks: load it again") from error
         except BaseException:  # Ctrl-C: whoever goes on after it, in a notebook for one, does so without the ranks
             self.fault = self.fault or "the ranks were interrupted in a step: close this model and load it again"
@@ -329,7 +329,7 @@ class Follower:
 
     def failed(self, error: BaseException) -> NoReturn:
         """Tell what has gone wrong, and end this process."""
-        self._link.tell({"fault": _reason(error)})
+        self._link.tell({"fault": first_line(error)})
         leave("")
 
     def commands(self) -> Iterator[tuple[str, int, list[Any]]]:
@@ -355,10 +355,6 @@ class Follower:
         while True:
             self._link.tell({"collectives": self.tally.collectives, "worked_s": time.process_time()})
             time.sleep(BEAT_S)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device) -> None:

@@ -41,6 +41,7 @@ import xxhash
 from torch import Tensor
 
 from covo_npu.kernels.device import release_pinned
+from covo_npu.kernels.errors import first_line
 from covo_npu.kernels.topology import near_cpus
 from covo_npu.runtime.checkpoint.blocks import (
     PIECE_BYTES,
@@ -266,7 +267,7 @@ def _load_staged(opened: Sequence[Opened], device: torch.device, threads: int, c
                 try:
                     copy(block, slab)
                 except RuntimeError as error:
-                    path, reason = block.opened.record.path, str(error).splitlines()[0]
+                    path, reason = block.opened.record.path, first_line(error)
                     hint = "; staging takes page-locked memory: what does `ulimit -l` allow?" if pinned else ""
                     raise CheckpointError(f"{path}: cannot be brought to {device}: {reason}{hint}") from error
                 finally:
@@ -334,7 +335,7 @@ def _allocate(opened: Sequence[Opened], device: torch.device, module: ModuleType
     except RuntimeError as error:  # torch.OutOfMemoryError is one; some backends raise nothing finer
         needed = sum(o.record.bytes for o in opened)
         free = f"{module.mem_get_info(device)[0] / 1e9:.1f} GB" if hasattr(module, "mem_get_info") else "less"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         folder = opened[0].record.path.parent
         raise CheckpointError(
             f"{folder}: the weights need {needed / 1e9:.1f} GB on {device}, {free} is free ({reason})"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from covo_npu.kernels import reference
 from covo_npu.kernels.device import open_device
+from covo_npu.kernels.errors import first_line
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.masked import TOLERANCES, masked_attention_error, masked_keys_error
 from covo_npu.kernels.select import describe, select
@@ -138,7 +139,7 @@ def findings(kernels: Kernels, device: torch.device) -> Iterator[Finding]:
             try:
                 error = _error(kernels, device, case, dtype)
             except RuntimeError as refusal:
-                yield Finding(name, f"refused: {str(refusal).splitlines()[0]}", "runs", "", False)
+                yield Finding(name, f"refused: {first_line(refusal)}", "runs", "", False)
                 continue
             yield below(name, error, ALLOWED[dtype], "of the row's largest value", ".1e")
     cache = torch.empty(1, KV_HEADS, MAX_LENGTH, HEAD_DIM, dtype=torch.bfloat16, device=device)

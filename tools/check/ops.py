@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from covo_npu.kernels.errors import first_line
 from covo_npu.tools.check.made_up import with_checkpoint
 from covo_npu.tools.check.result import Finding, Result, Subject, check
 from covo_npu.tools.question import RATE, made_up
@@ -52,7 +53,7 @@ def watched(call: Callable[[], object]) -> list[str]:
         try:
             call()
         except RuntimeError as error:
-            faults.append(f"refused: {str(error).splitlines()[0]}")
+            faults.append(f"refused: {first_line(error)}")
         finally:
             os.dup2(usual, 2)
             os.close(usual)
