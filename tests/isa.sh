@@ -25,7 +25,7 @@ compiled() {
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
   rm -rf "$program.o" && mkdir "$program.o"
   for source in "${@:2}" kernels/cpu/csrc/*.c; do
-    "$compiler" -std=gnu11 -O3 -Ikernels/cpu/csrc "${flags[@]}" -c -o "$program.o/$(basename "$source" .c).o" "$source" &
+    "$compiler" -std=gnu11 -O3 -fno-trapping-math -Ikernels/cpu/csrc "${flags[@]}" -c -o "$program.o/$(basename "$source" .c).o" "$source" &
     jobs+=($!)
   done
   for job in "${jobs[@]}"; do wait "$job" || return 1; done

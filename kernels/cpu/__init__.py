@@ -28,11 +28,7 @@ class CPU:
     int8_dtypes: Int8Dtypes = native.int8_dtypes
 
     linear_gelu_tanh = staticmethod(native.linear_gelu_tanh)
-    rms_norm = staticmethod(native.rms_norm)
-    add_rms_norm = staticmethod(native.add_rms_norm)
     layer_norm = staticmethod(native.layer_norm)
-    rotary = staticmethod(native.rotary)
-    swiglu = staticmethod(native.swiglu)
     gelu = staticmethod(native.gelu)
     key_mask = staticmethod(native.key_mask)
     masked_attention = staticmethod(native.masked_attention)
@@ -58,6 +54,19 @@ class CPU:
         if self.choice.ours(_num_rows(x), weight):
             return library.linear(self.choice.instructions, x, weight, scale, bias)
         return native.linear_int8(x, weight, scale, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """One pass in C, where PyTorch's operators make nine."""
+        return library.rms_norm(self.choice.instructions, x, None, weight, eps)[0]
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return library.rms_norm(self.choice.instructions, x, residual, weight, eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return library.rotary(self.choice.instructions, x, cos, sin)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return library.swiglu(self.choice.instructions, gate_up)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Scores never leave the caches, in bfloat16 on an x86-64 that multiplies it; everything else is native's."""

@@ -43,6 +43,35 @@ class _Winograd(ctypes.Structure):
     _fields_ += [(name, Long) for name in ("B", "C", "N", "tiles", "dilation")]
 
 
+class _Norm(ctypes.Structure):
+    """The struct Norm of covo.h."""
+
+    _fields_ = [(name, Pointer) for name in ("x", "residual", "weight", "normed", "summed")]
+    _fields_ += [("rows", Long), ("C", Long), ("eps", ctypes.c_float), ("type", ctypes.c_int)]
+
+
+class _Rotary(ctypes.Structure):
+    """The struct Rotary of covo.h."""
+
+    _fields_ = [(name, Pointer) for name in ("x", "cosines", "sines", "y")]
+    _fields_ += [(name, Long) for name in ("B", "S", "H", "D")]
+    _fields_ += [(name, Long) for name in ("x_batch", "x_row", "x_head", "angle_batch")]
+    _fields_ += [("type", ctypes.c_int)]
+
+
+class _Gate(ctypes.Structure):
+    """The struct Gate of covo.h."""
+
+    _fields_ = [("gate_up", Pointer), ("y", Pointer), ("rows", Long), ("F", Long), ("type", ctypes.c_int)]
+
+
+# Functions of a set's number, a number of threads and one of these.
+JOBS = {
+    "attention": _Attend, "snake": _Snake, "winograd_signal": _Winograd, "winograd_results": _Winograd,
+    "norm": _Norm, "rotary": _Rotary, "gate": _Gate,
+}  # fmt: skip
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the loaded library; it works with PyTorch's own OpenMP threads where they are of a known kind.
@@ -68,10 +97,8 @@ def library() -> ctypes.CDLL:
         ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer, ctypes.POINTER(Long), Pointer, ctypes.c_int,
         Long, Long, Long, Long, Long, ctypes.c_float,
     ]  # fmt: skip
-    loaded.covo_attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Attend)]
-    loaded.covo_snake.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Snake)]
-    loaded.covo_winograd_signal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Winograd)]
-    loaded.covo_winograd_results.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Winograd)]
+    for name, job in JOBS.items():
+        getattr(loaded, f"covo_{name}").argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(job)]
     loaded.covo_use_team(_openmp_team())
     return loaded
 
@@ -242,6 +269,39 @@ def winograd_results(best: str, products: Tensor, bias: Tensor | None, length: i
     y = products.new_empty(slots, channels, length)
     job = _Winograd(y.data_ptr(), products.data_ptr(), _address(bias), *y.shape, tiles, dilation)
     library().covo_winograd_results(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return y
+
+
+def rms_norm(best: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return Kernels.add_rms_norm; without a residual, Kernels.rms_norm and x. All are of one type."""
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
+    normed = torch.empty_like(x)
+    summed = x if residual is None else torch.empty_like(x)
+    residual = None if residual is None else residual.contiguous()
+    pointers = (x.data_ptr(), _address(residual), weight.data_ptr(), normed.data_ptr(), summed.data_ptr())
+    size = x.shape[-1]
+    job = _Norm(*pointers, x.numel() // max(size, 1), size, eps, TYPES[x.dtype])
+    library().covo_norm(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return normed, summed
+
+
+def rotary(best: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return Kernels.rotary, rounded once. All are of one type."""
+    x, cos, sin = x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    angle_batch = cos.stride(0) if cos.shape[0] > 1 else 0
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+    job = _Rotary(*pointers, *x.shape, *x.stride()[:3], angle_batch, TYPES[x.dtype])
+    library().covo_rotary(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return y
+
+
+def swiglu(best: str, gate_up: Tensor) -> Tensor:
+    """Return Kernels.swiglu, rounded once."""
+    gate_up, size = gate_up.contiguous(), gate_up.shape[-1] // 2
+    y = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype)
+    job = _Gate(gate_up.data_ptr(), y.data_ptr(), y.numel() // max(size, 1), size, TYPES[y.dtype])
+    library().covo_gate(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
     return y
 
 

@@ -1,8 +1,8 @@
 /* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
  * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
  *
- * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions" or "neon_bf16: not executed
- * here".
+ * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions, 27 norms, rotations and gates" or
+ * "neon_bf16: not executed here".
  * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
  */
 #include <stdio.h>
@@ -20,6 +20,9 @@ int covo_decode_attention(int i, int threads, const void *query, const void *key
 void covo_snake(int i, int threads, const Snake *t);
 void covo_winograd_signal(int i, int threads, const Winograd *t);
 void covo_winograd_results(int i, int threads, const Winograd *t);
+void covo_norm(int i, int threads, const Norm *t);
+void covo_rotary(int i, int threads, const Rotary *t);
+void covo_gate(int i, int threads, const Gate *t);
 
 static const char *TYPES[] = {"bfloat16", "float16", "float32", "int8"};
 static const double EPSILON[] = {0x1p-8, 0x1p-11, 0x1p-24}; /* of one rounding */
@@ -216,6 +219,66 @@ static int winograd(int i, long N, long dilation) {
   return 1;
 }
 
+static float *numbers(long count, double size) {
+  float *x = malloc((size_t)count * 4);
+  for (long j = 0; j < count; j++) x[j] = (float)(normal() * size);
+  return x;
+}
+
+static void *as_type(const float *from, long count, int type) {
+  void *to = unaligned(count, type);
+  for (long j = 0; j < count; j++) set(to, j, type, from[j]);
+  return to;
+}
+
+/* Norms, rotary positions and gates of `rows` rows of 2 * half elements: what they give is compared with double. */
+static int layer(int i, int type, long rows, long half) {
+  const long size = 2 * half, count = rows * size;
+  float *values = numbers(count, 3), *others = numbers(count, 1), *ones = numbers(size, 1);
+  void *x = as_type(values, count, type), *other = as_type(others, count, type), *weight = as_type(ones, size, type);
+  void *y = unaligned(count, type), *summed = unaligned(count, type);
+  const double eps = EPSILON[type] + 0x1p-20;
+  double worst[3] = {0}, mistake[3] = {0};
+  covo_norm(i, 3, &(Norm){x, other, weight, y, summed, rows, size, 1e-6f, type});
+  for (long j = 0; j < count; j++) {
+    double squares = 0;
+    for (long c = 0; c < size; c++) squares += at(summed, j / size * size + c, type) * at(summed, j / size * size + c, type);
+    const double sum = at(x, j, type) + at(other, j, type), w = at(weight, j % size, type);
+    const double exact = at(summed, j, type) / sqrt(squares / size + 1e-6) * w, bound = 3 * eps * fabs(exact) + 1e-6;
+    const double off = fabs(at(y, j, type) - exact) / bound, plain = fabs(at(y, j, type) - exact / w) / bound;
+    const double unsummed = fabs(at(summed, j, type) - sum) / (eps * fabs(sum) + 1e-6);
+    worst[0] = worst[0] < off ? off : worst[0];
+    worst[0] = worst[0] < unsummed ? unsummed : worst[0];
+    mistake[0] = mistake[0] < plain ? plain : mistake[0];
+  }
+  covo_rotary(i, 3, &(Rotary){x, other, summed, y, 1, rows, 1, size, count, size, size, 0, type});
+  for (long j = 0; j < count; j++) {
+    const long low = j % size < half, pair = low ? j + half : j - half;
+    const double turned = at(x, pair, type) * at(summed, j, type), kept = at(x, j, type) * at(other, j, type);
+    const double exact = low ? kept - turned : kept + turned, bound = eps * (fabs(exact) + fabs(kept)) + 1e-6;
+    const double off = fabs(at(y, j, type) - exact) / bound, turned_back = fabs(at(y, j, type) - kept) / bound;
+    worst[1] = worst[1] < off ? off : worst[1];
+    mistake[1] = mistake[1] < turned_back ? turned_back : mistake[1];
+  }
+  covo_gate(i, 3, &(Gate){x, y, rows, half, type});
+  for (long j = 0; j < rows * half; j++) {
+    const double gate = at(x, j / half * size + j % half, type), up = at(x, j / half * size + half + j % half, type);
+    const double exact = gate / (1 + exp(-gate)) * up, bound = 2 * eps * fabs(exact) + 1e-6;
+    const double off = fabs(at(y, j, type) - exact) / bound, open = fabs(at(y, j, type) - gate * up) / bound;
+    worst[2] = worst[2] < off ? off : worst[2];
+    mistake[2] = mistake[2] < open ? open : mistake[2];
+  }
+  for (int kind = 0; kind < 3; kind++)
+    if (!(worst[kind] <= 1) || mistake[kind] <= 1) {
+      printf("%s: %s %s, %ld x %ld: %.3g of the bound, with a mistake %.3g\n", covo_set_name(i),
+             (const char *[]){"norm", "rotary", "gate"}[kind], TYPES[type], rows, size, worst[kind], mistake[kind]);
+      faults++;
+    }
+  free(values), free(others), free(ones);
+  release(x, type), release(other, type), release(weight, type), release(y, type), release(summed, type);
+  return 3;
+}
+
 int main(void) {
   static const long SIZES[][3] = {{1, 5, 7},   {1, 64, 64}, {2, 33, 100}, {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},
                                   {11, 40, 333}, {16, 64, 96}, {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
@@ -239,8 +302,11 @@ int main(void) {
     int snakes = snake(i, 1, 1, 1) + snake(i, 20, 1, 0) + snake(i, 300, 0, 1) + snake(i, 600, 0, 0) + snake(i, 513, 1, 1);
     int convolutions = winograd(i, 1, 1) + winograd(i, 1050, 1) + winograd(i, 127, 3) + winograd(i, 1111, 5) +
                        winograd(i, 3000, 16) + winograd(i, 40, 2);
-    printf("%s: %d products, %d attentions, %d activations, %d convolutions\n", covo_set_name(i), products, attentions,
-           snakes, convolutions);
+    int layers = 0;
+    for (int type = BFLOAT16; type <= FLOAT32; type++)
+      layers += layer(i, type, 1, 17) + layer(i, type, 5, 64) + layer(i, type, 40, 700);
+    printf("%s: %d products, %d attentions, %d activations, %d convolutions, %d norms, rotations and gates\n",
+           covo_set_name(i), products, attentions, snakes, convolutions, layers);
   }
   if (faults) printf("%d faults\n", faults);
   return faults != 0;

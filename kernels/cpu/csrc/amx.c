@@ -295,12 +295,17 @@ static void amx_weigh(const Attention *t, const void *values, long count, float 
   AVX512.weigh(t, values, count, scores, sums);
 }
 
-static void amx_snake(const Snake *t, long row) { AVX512.snake(t, row); }
-static void amx_winograd_signal(const Winograd *t, long row) { AVX512.winograd_signal(t, row); }
-static void amx_winograd_results(const Winograd *t, long row) { AVX512.winograd_results(t, row); }
+/* What is computed row by row needs no tiles. */
+static void amx_snake(const void *job, long row) { AVX512.snake(job, row); }
+static void amx_winograd_signal(const void *job, long row) { AVX512.winograd_signal(job, row); }
+static void amx_winograd_results(const void *job, long row) { AVX512.winograd_results(job, row); }
+static void amx_norm(const void *job, long row) { AVX512.norm(job, row); }
+static void amx_rotary(const void *job, long row) { AVX512.rotary(job, row); }
+static void amx_gate(const void *job, long row) { AVX512.gate(job, row); }
 
 const Set AMX = {.name = "amx", .here = amx_here, .serves = amx_serves, .prepared_bytes = amx_prepared_bytes,
                  .prepare = amx_prepare, .units = amx_units, .step = amx_step, .scratch_bytes = amx_scratch_bytes,
                  .multiply = amx_multiply, .weigh = amx_weigh, .attends = &AMX_ATTENDS, .snake = amx_snake,
-                 .winograd_signal = amx_winograd_signal, .winograd_results = amx_winograd_results};
+                 .winograd_signal = amx_winograd_signal, .winograd_results = amx_winograd_results,
+                 .norm = amx_norm, .rotary = amx_rotary, .gate = amx_gate};
 #endif

@@ -1,5 +1,5 @@
-/* The functions that library.py calls: which sets there are, products, attention, the activation, the transforms of
- * convolutions; and how they use threads. */
+/* The functions that library.py calls: which sets there are, products, attention, what is computed row by row; and how they
+ * use threads. */
 #include "covo.h"
 
 #include <pthread.h>
@@ -251,50 +251,47 @@ EXPORT int covo_attention(int i, int threads, const Attend *t) {
   return i;
 }
 
-/* --- The anti-aliased activation ------------------------------------------------------------------------------------- */
+/* --- What is computed row by row: the anti-aliased activation, transforms of convolutions, what lies between products ---- */
 
 typedef struct {
-  const Set *set;
-  const Snake *snake;
-  long next_row;
-} Bending;
+  Row *by;
+  const void *job;
+  long rows, next_row;
+} Rows;
 
-static void bend(void *job) {
-  Bending *p = job;
+static void take_rows(void *rows) {
+  Rows *p = rows;
   long row;
-  while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < p->snake->rows) p->set->snake(p->snake, row);
+  while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < p->rows) p->by(p->job, row);
+}
+
+static void each_row(Row *by, const void *job, long rows, int threads) {
+  Rows p = {by, job, rows, 0};
+  if (rows > 0) covo_parallel(take_rows, &p, (int)smaller(smaller(threads, MAX_THREADS), rows));
 }
 
 /* Writes t->y, see Snake, with set number i. */
 EXPORT void covo_snake(int i, int threads, const Snake *t) {
-  Bending p = {.set = SETS[i], .snake = t};
-  if (snake_length(t) > 0) covo_parallel(bend, &p, (int)smaller(smaller(threads, MAX_THREADS), t->rows));
-}
-
-/* --- Convolutions by Winograd's way ---------------------------------------------------------------------------------- */
-
-typedef struct {
-  void (*transform)(const Winograd *, long row);
-  const Winograd *winograd;
-  long next_row;
-} Transforming;
-
-static void transform(void *job) {
-  Transforming *p = job;
-  const long rows = p->winograd->B * p->winograd->C;
-  long row;
-  while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < rows) p->transform(p->winograd, row);
-}
-
-static void transform_rows(void (*by)(const Winograd *, long), const Winograd *t, int threads) {
-  Transforming p = {.transform = by, .winograd = t};
-  if (t->B * t->C * t->tiles > 0) covo_parallel(transform, &p, (int)smaller(smaller(threads, MAX_THREADS), t->B * t->C));
+  each_row(SETS[i]->snake, t, snake_length(t) > 0 ? t->rows : 0, threads);
 }
 
 /* Write t->products, or t->signal, see Winograd, with set number i. */
 EXPORT void covo_winograd_signal(int i, int threads, const Winograd *t) {
-  transform_rows(SETS[i]->winograd_signal, t, threads);
+  each_row(SETS[i]->winograd_signal, t, t->tiles ? t->B * t->C : 0, threads);
 }
 EXPORT void covo_winograd_results(int i, int threads, const Winograd *t) {
-  transform_rows(SETS[i]->winograd_results, t, threads);
+  each_row(SETS[i]->winograd_results, t, t->tiles ? t->B * t->C : 0, threads);
+}
+
+#define FEW 32768 /* elements that a second thread would be told of as late as one has done them */
+
+/* Write t->normed and t->summed, or t->y, see Norm, Rotary and Gate, with set number i. */
+EXPORT void covo_norm(int i, int threads, const Norm *t) {
+  each_row(SETS[i]->norm, t, t->rows, t->rows * t->C < FEW ? 1 : threads);
+}
+EXPORT void covo_rotary(int i, int threads, const Rotary *t) {
+  each_row(SETS[i]->rotary, t, t->B * t->S, t->B * t->S * t->H * t->D < FEW ? 1 : threads);
+}
+EXPORT void covo_gate(int i, int threads, const Gate *t) {
+  each_row(SETS[i]->gate, t, t->rows, t->rows * t->F < FEW ? 1 : threads);
 }

@@ -1,4 +1,4 @@
-/* Products and attention of few rows on CPUs: what the files of this folder share.
+/* The kernels for CPUs: what the files of this folder share.
  *
  * Letters: M rows of x, N rows of the weights (columns of the result), K columns of both.
  * One function per instruction set, chosen at run time; a set is a row of the table in covo.c.
@@ -78,6 +78,34 @@ typedef struct {
 #define POINTS 7
 #define MOST_DILATION 16
 
+/* summed[rows, C] = x + residual, normed[rows, C] = Kernels.rms_norm of that with weight[C]; of x itself if residual is NULL,
+ * and nothing is written to summed then. All are of one type. */
+typedef struct {
+  const void *x, *residual, *weight;
+  void *normed, *summed;
+  long rows, C;
+  float eps;
+  int type;
+} Norm;
+
+/* y[B, S, H, D] = Kernels.rotary of x; all are of one type, D is even. A row of D elements is contiguous, those of a batch, a
+ * row and a head of x are as many elements apart as said, those of a batch of cosines and sines, too; all else is contiguous. */
+typedef struct {
+  const void *x, *cosines, *sines;
+  void *y;
+  long B, S, H, D;
+  long x_batch, x_row, x_head, angle_batch;
+  int type;
+} Rotary;
+
+/* y[rows, F] = Kernels.swiglu of gate_up[rows, 2F]. */
+typedef struct {
+  const void *gate_up;
+  void *y;
+  long rows, F;
+  int type;
+} Gate;
+
 /* How a set attends. A unit of the work is the queries [first, last) of head h, first a multiple of `step`. */
 typedef struct {
   long step;
@@ -85,6 +113,9 @@ typedef struct {
   /* pack: whether the scratch memory does not hold this head's keys and values yet */
   void (*attend)(const Attend *, long b, long h, long first, long last, int pack, void *scratch);
 } Attends;
+
+/* Works on one row of a job, which is one of the structs above. */
+typedef void Row(const void *job, long row);
 
 /* What an instruction set can do. A function of a set is called only on a machine that has it. */
 typedef struct {
@@ -101,8 +132,9 @@ typedef struct {
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);
   const Attends *attends; /* attention of many queries, NULL without it */
-  void (*snake)(const Snake *, long row);
-  void (*winograd_signal)(const Winograd *, long row), (*winograd_results)(const Winograd *, long row);
+  Row *snake;                             /* of a Snake */
+  Row *winograd_signal, *winograd_results; /* of a Winograd: B * C rows */
+  Row *norm, *rotary, *gate;              /* of a Norm, a Rotary (B * S rows), a Gate */
 } Set;
 
 extern const Attends AMX_ATTENDS, AVX512_BF16_ATTENDS;
@@ -122,8 +154,8 @@ INLINE float from_bfloat16(uint16_t bits) {
 INLINE uint16_t to_bfloat16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 INLINE float from_float16(uint16_t bits) {
@@ -133,28 +165,24 @@ INLINE float from_float16(uint16_t bits) {
   memcpy(&value, &wide, 4);
   value *= 0x1p112f;
   memcpy(&wide, &value, 4);
-  if ((bits & 0x7c00) == 0x7c00) wide = 0x7f800000 | (uint32_t)(bits & 0x3ff) << 13;
-  wide |= sign;
+  wide = sign | ((bits & 0x7c00) == 0x7c00 ? 0x7f800000 | (uint32_t)(bits & 0x3ff) << 13 : wide);
   memcpy(&value, &wide, 4);
   return value;
 }
 
 /* Rounds to nearest, ties to even; from 65520 on infinity. */
 INLINE uint16_t to_float16(float value) {
-  uint32_t bits, sign;
+  uint32_t bits, size, small, half;
   memcpy(&bits, &value, 4);
-  sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-  if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-  if (bits < 0x38800000) { /* a subnormal of float16: its last bit is worth 2^-24, as that of 0.5 in float32 */
-    memcpy(&value, &bits, 4);
-    value += 0.5f;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)(sign | (bits - 0x3f000000));
-  }
-  bits += 0xfff + (bits >> 13 & 1);
-  return (uint16_t)(sign | (bits - 0x38000000) >> 13);
+  size = bits & 0x7fffffff;
+  memcpy(&value, &size, 4);
+  value += 0.5f; /* a subnormal of float16: its last bit is worth 2^-24, as that of 0.5 in float32 */
+  memcpy(&small, &value, 4);
+  half = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  half = size < 0x38800000 ? small - 0x3f000000 : half;
+  half = size >= 0x477ff000 ? 0x7c00 : half;
+  half = size > 0x7f800000 ? 0x7e00 : half;
+  return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)half;
 }
 
 INLINE float get(const void *from, long i, int type) {

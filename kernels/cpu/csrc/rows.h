@@ -161,8 +161,8 @@ static void SET(multiply)(const Linear *t, long first, long last, void *totals) 
   }
 }
 
-/* e^x for x <= 0 within two roundings: 2^n e^r, |r| <= ln(2) / 2, by the series to the sixth power. A plain loop over it
- * is made of vectors by the compiler. */
+/* e^x for x <= 87 within two roundings: 2^n e^r, |r| <= ln(2) / 2, by the series to the sixth power; below -87 as there. A
+ * plain loop over it is made of vectors by the compiler. */
 INLINE float SET(exponential)(float x) {
   x = x < -87.0f ? -87.0f : x; /* a NaN stays one */
   float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 * 2^23: its last bit is worth 1 */
@@ -239,6 +239,7 @@ static TARGET void SET(weigh)(const Attention *t, const void *values, long count
   }
 }
 
+#include "layer.h"
 #include "snake.h"
 #include "winograd.h"
 
@@ -246,4 +247,5 @@ static TARGET void SET(weigh)(const Attention *t, const void *values, long count
   {.name = NAME, .here = SET(here), .serves = SET(serves), .prepared_bytes = SET(prepared_bytes),                      \
    .prepare = SET(prepare), .units = SET(units), .step = SET(step), .scratch_bytes = SET(scratch_bytes),               \
    .multiply = SET(multiply), .weigh = SET(weigh), .attends = ATTENDS, .snake = SET(snake),                               \
-   .winograd_signal = SET(winograd_signal), .winograd_results = SET(winograd_results)}
+   .winograd_signal = SET(winograd_signal), .winograd_results = SET(winograd_results), .norm = SET(norm),              \
+   .rotary = SET(rotary), .gate = SET(gate)}

@@ -52,7 +52,8 @@ INLINE void SET(bend)(float *phase, long count, float alpha, float inverse_beta)
     }
 }
 
-static TARGET void SET(snake)(const Snake *t, long row) {
+static TARGET void SET(snake)(const void *job, long row) {
+  const Snake *t = job;
   const long length = snake_length(t), elements = length + 5, before = t->starts ? SNAKE_CONTEXT : 0;
   const float *x = t->x + row * t->N, alpha = t->alpha[row % t->C], inverse_beta = t->inverse_beta[row % t->C];
   float taps[4][6], wide[SAMPLES + 32], even[SAMPLES + 16], odd[SAMPLES + 16], result[SAMPLES];

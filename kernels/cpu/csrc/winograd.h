@@ -86,5 +86,11 @@ INLINE TARGET void SET(results_of)(const Winograd *t, long row, const long D) {
     case 5: FUNCTION(t, row, 5); break;                                                                                \
     default: FUNCTION(t, row, (t)->dilation);                                                                          \
   }
-static TARGET void SET(winograd_signal)(const Winograd *t, long row) { AT_DILATION(SET(signal_of), t, row) }
-static TARGET void SET(winograd_results)(const Winograd *t, long row) { AT_DILATION(SET(results_of), t, row) }
+static TARGET void SET(winograd_signal)(const void *job, long row) {
+  const Winograd *t = job;
+  AT_DILATION(SET(signal_of), t, row)
+}
+static TARGET void SET(winograd_results)(const void *job, long row) {
+  const Winograd *t = job;
+  AT_DILATION(SET(results_of), t, row)
+}
