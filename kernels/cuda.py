@@ -28,6 +28,7 @@ masked_attention = native.masked_attention
 write_kv = native.write_kv
 prefill_attention = native.prefill_attention
 decode_attention = native.decode_attention
+decode_layers = native.decode_layers
 step_mask = native.step_mask
 masked_decode_attention = native.masked_decode_attention
 conv_weight = native.conv_weight

@@ -7,7 +7,8 @@ dtype beyond what is said here. `reference.py` is the contract as plain float32 
 version names another backend's function, so that gaps can be counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,33 @@ from torch import Tensor
 Int8Dtypes = Mapping[torch.dtype, tuple[torch.dtype, torch.dtype]]
 
 SNAKE_CONTEXT = 5  # inputs on each side of a sample of anti_aliased_snake that it depends on
+
+
+@dataclass(frozen=True, slots=True)
+class ProductWeights:
+    """What linear, or with a scale linear_int8, multiplies with."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of a decoder layer, q, k and v in one, gate and up in one; its caches [B_max, G, K_max, D]."""
+
+    input_norm: Tensor
+    qkv: ProductWeights
+    o: ProductWeights
+    post_norm: Tensor
+    gate_up: ProductWeights
+    down: ProductWeights
+    keys: Tensor
+    values: Tensor
+
+
+# (x [B, C], cos [B, D], sin [B, D], lengths of B) -> (feed-forward output, residual), both [B, C]: see decode_layers.
+DecodeLayers = Callable[[Tensor, Tensor, Tensor, list[int]], tuple[Tensor, Tensor] | None]
 
 
 class Kernels(Protocol):
@@ -121,6 +149,17 @@ class Kernels(Protocol):
 
         q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new
         token's own included. Rows past a length are not read.
+        """
+        ...
+
+    def decode_layers(self, layers: Sequence[LayerWeights], eps: float, scale: float) -> DecodeLayers | None:
+        """Return a function that computes all layers of a decoder for one token a slot in one call, None without one.
+
+        eps: of the norms; scale: of attention. The function takes embeddings, the rotary tables at the tokens'
+        positions and lengths as decode_attention does, writes keys and values of the tokens into row length - 1 of the
+        caches, and returns the last layer's feed-forward output and the residual stream, whose sum goes on. To the bit
+        it is what the functions above give, one after the other. It returns None for a number of slots that it does
+        not serve.
         """
         ...
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
+from covo_npu.kernels.interface import SNAKE_CONTEXT, DecodeLayers, Int8Dtypes, LayerWeights
 
 name = "native"
 int8_dtypes: Int8Dtypes = {dtype: (torch.float32, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -172,6 +172,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
         valid = torch.tensor(lengths, device=q.device)[:, None]
         attended = torch.arange(longest, device=q.device) < valid
     return _grouped_attention(q, k_cache, v_cache, attended, longest, scale)
+
+
+def decode_layers(layers: Sequence[LayerWeights], eps: float, scale: float) -> DecodeLayers | None:
+    return None
 
 
 def step_mask(attended: Tensor) -> Tensor:

@@ -215,6 +215,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
     return out.view(num_slots, num_heads, head_dim)
 
 
+decode_layers = native.decode_layers
+
+
 def step_mask(attended: Tensor) -> Tensor:
     """[B, 1, 1, K_max], True where NOT attended."""
     return attended.logical_not()[:, None, None]

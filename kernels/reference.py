@@ -3,11 +3,13 @@
 Written to be read beside the docstrings of `Kernels`; nothing here is meant to be fast.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covo_npu.kernels.interface import SNAKE_CONTEXT, Int8Dtypes
+from covo_npu.kernels.interface import SNAKE_CONTEXT, DecodeLayers, Int8Dtypes, LayerWeights
 
 name = "reference"
 int8_dtypes: Int8Dtypes = {dtype: (torch.float32, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -98,6 +100,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[
         for slot, length in enumerate(lengths)
     ]
     return torch.cat(rows)
+
+
+def decode_layers(layers: Sequence[LayerWeights], eps: float, scale: float) -> DecodeLayers | None:
+    return None
 
 
 def step_mask(attended: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from covo_npu.kernels.device import Capture, Readback, Work
 from covo_npu.kernels.errors import BackendError
+from covo_npu.kernels.interface import DecodeLayers
 from covo_npu.kernels.masked import TOLERANCES, masked_attention_error
 from covo_npu.runtime.networks.cache import KVCache
 from covo_npu.runtime.networks.qwen2 import Qwen2
@@ -65,6 +67,11 @@ class Decoder:
         self._replays: dict[Hashable, Work] = {}  # in the order of their last use
         self._measured: set[int] = set()  # bounds whose masks have been measured
 
+    @cached_property
+    def _layers(self) -> DecodeLayers | None:
+        """Made for the first step: by then all weights are there."""
+        return self.llm.in_one_call(self.cache)
+
     def fill(self, slot: int, embeddings: Tensor, start: int) -> Tensor:
         """Put tokens into a slot from row `start` on; return the hidden state of the last one [1, C].
 
@@ -107,7 +114,7 @@ class Decoder:
             self._capture = None
         if self._capture is None:
             ids, positions = self._ids[slots], self._positions[slots]
-            self.logits = self.llm.decode(ids, positions, lengths, self.cache)
+            self.logits = self.llm.decode(ids, positions, lengths, self.cache, self._layers)
             self._advance(slots, self.logits)
         else:
             self._replay(self._capture, num_slots, step_bound(max(lengths), max_length))

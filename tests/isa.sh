@@ -37,10 +37,10 @@ c_tests() {
   compiled "$1" "$2" -fPIC -- tests/kernels/isa.c && "$build/$1"
 }
 
-# tile_tests: the tests of products and attention with AMX's instructions emulated, on a processor that has the others
+# tile_tests: the tests of the C library with AMX's instructions emulated, on a processor that has the others
 tile_tests() {
   compiled libcovo-tiles.so gcc -fPIC -shared -include tests/kernels/tiles.h -- && PYTHONPATH=tests "$bin/pytest" -q \
-    -p kernels.emulated -k amx tests/kernels/test_cpu_products.py tests/kernels/test_cpu_attention.py
+    -p kernels.emulated -k amx tests/kernels/test_cpu_{products,attention,layer,decoder}.py
 }
 
 # numeric NAME [VARIABLE=VALUE...]: the numeric tests in that environment

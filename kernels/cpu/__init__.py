@@ -7,6 +7,8 @@ first read. Without it `native` serves, and library.missing() says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,8 @@ from torch import Tensor
 from covo_npu.kernels import native
 from covo_npu.kernels.cpu import library, winograd
 from covo_npu.kernels.cpu.choice import Choice
-from covo_npu.kernels.interface import Int8Dtypes
+from covo_npu.kernels.cpu.decoder import Layers, serves
+from covo_npu.kernels.interface import DecodeLayers, Int8Dtypes, LayerWeights
 
 
 class CPU:
@@ -80,6 +83,10 @@ class CPU:
         if q.shape[-1] % library.HEAD_DIMS:
             return native.decode_attention(q, k_cache, v_cache, lengths, scale)
         return library.decode_attention(self.choice.instructions, q, k_cache, v_cache, lengths, scale)
+
+    def decode_layers(self, layers: Sequence[LayerWeights], eps: float, scale: float) -> DecodeLayers | None:
+        """Without Python between the products, where it would find none of its own memory in a cache."""
+        return Layers(self.choice, layers, eps, scale) if serves(layers) else None
 
     def conv1d(
         self,

@@ -65,10 +65,33 @@ class _Gate(ctypes.Structure):
     _fields_ = [("gate_up", Pointer), ("y", Pointer), ("rows", Long), ("F", Long), ("type", ctypes.c_int)]
 
 
+class ProductWeights(ctypes.Structure):
+    """The struct ProductWeights of covo.h."""
+
+    _fields_ = [("weight", Pointer), ("bias", Pointer), ("scale", Pointer), ("type", Long)]
+
+
+class Layer(ctypes.Structure):
+    """The struct Layer of covo.h."""
+
+    _fields_ = [("norm", Pointer), ("post_norm", Pointer)]
+    _fields_ += [(name, ProductWeights) for name in ("qkv", "o", "gate_up", "down")]
+    _fields_ += [("keys", Pointer), ("values", Pointer)]
+
+
+class Decoder(ctypes.Structure):
+    """The struct Decoder of covo.h."""
+
+    _fields_ = [("layers", ctypes.POINTER(Layer)), ("x", Pointer), ("cosines", Pointer), ("sines", Pointer)]
+    _fields_ += [("lengths", ctypes.POINTER(Long)), ("out", Pointer), ("residual", Pointer)]
+    _fields_ += [(name, Long) for name in ("num_layers", "B", "C", "H", "G", "D", "F", "K_max")]
+    _fields_ += [("eps", ctypes.c_float), ("scale", ctypes.c_float), ("type", ctypes.c_int)]
+
+
 # Functions of a set's number, a number of threads and one of these.
 JOBS = {
     "attention": _Attend, "snake": _Snake, "winograd_signal": _Winograd, "winograd_results": _Winograd,
-    "norm": _Norm, "rotary": _Rotary, "gate": _Gate,
+    "norm": _Norm, "rotary": _Rotary, "gate": _Gate, "decoder": Decoder,
 }  # fmt: skip
 
 
@@ -303,6 +326,11 @@ def swiglu(best: str, gate_up: Tensor) -> Tensor:
     job = _Gate(gate_up.data_ptr(), y.data_ptr(), y.numel() // max(size, 1), size, TYPES[y.dtype])
     library().covo_gate(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
     return y
+
+
+def decoder(best: str, job: Decoder) -> None:
+    """Compute all layers of a decode step, see covo.h; the job names the memory that is read and written."""
+    _checked(library().covo_decoder(_numbers()[best], torch.get_num_threads(), ctypes.byref(job)))
 
 
 def _address(tensor: Tensor | None) -> int | None:

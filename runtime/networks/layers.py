@@ -6,7 +6,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from covo_npu.kernels.interface import Kernels
+from covo_npu.kernels.interface import Kernels, ProductWeights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,6 +64,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
 
+    @property
+    def weights(self) -> ProductWeights:
+        """What it multiplies with."""
+        return ProductWeights(self.weight, None, self.bias)
+
 
 class Int8Linear(nn.Module):
     """(x @ weight.T) * scale + bias. weight: [C_out, C_in] int8; scale, bias: [C_out] as the kernels want them."""
@@ -86,6 +91,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear_int8(x, self.weight, self.scale, self.bias)
+
+    @property
+    def weights(self) -> ProductWeights:
+        """What it multiplies with."""
+        return ProductWeights(self.weight, self.scale, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from covo_npu.kernels.interface import Kernels
+from covo_npu.kernels.interface import DecodeLayers, Kernels, LayerWeights
 from covo_npu.runtime.checkpoint.config import LLMConfig
 from covo_npu.runtime.checkpoint.format import HEAD, LAYERS
 from covo_npu.runtime.networks.cache import KVCache
@@ -81,6 +81,19 @@ class DecoderLayer(nn.Module):
         """Return the feed-forward output [T, C]. x: [T, C]."""
         return self.group.all_reduce(self.down_proj(self.kernels.swiglu(self.gate_up_proj(x))))
 
+    def weights(self, keys: Tensor, values: Tensor) -> LayerWeights:
+        """Return its weights beside its caches."""
+        return LayerWeights(
+            self.input_layernorm.weight,
+            self.qkv_proj.weights,
+            self.o_proj.weights,
+            self.post_attention_layernorm.weight,
+            self.gate_up_proj.weights,
+            self.down_proj.weights,
+            keys,
+            values,
+        )
+
 
 class Qwen2(nn.Module):
     """Embeddings, decoder layers, head. Of these, each rank of a group has its heads, its part of F and of the head.
@@ -133,11 +146,31 @@ class Qwen2(nn.Module):
             start = length
         return last
 
-    def decode(self, input_ids: Tensor, positions: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+    def in_one_call(self, cache: KVCache) -> DecodeLayers | None:
+        """Return what computes all layers of a decode step in one call, None where nothing does."""
+        if self.group.size > 1:  # each layer waits for the other ranks
+            return None
+        layers = zip(self.layers, cache.keys, cache.values, strict=True)
+        weights = [layer.weights(keys, values) for layer, keys, values in layers]
+        return self.kernels.decode_layers(weights, self.norm.eps, self.scale)
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        lengths: list[int],
+        cache: KVCache,
+        layers: DecodeLayers | None = None,
+    ) -> Tensor:
         """Return float32 logits [B, V] of one more token a slot, and write its keys and values at `positions`.
 
-        input_ids, positions: [B] int64 on the device, for slots 0 .. B - 1; lengths: positions + 1, on the host.
+        input_ids, positions: [B] int64 on the device, for slots 0 .. B - 1; lengths: positions + 1, on the host;
+        layers: from in_one_call() with this cache.
         """
+        if layers:
+            streams = layers(self.embed(input_ids), *cache.rotary.index_select(1, positions), lengths)
+            if streams:
+                return self.logits(self.norm(*streams)[0])
 
         def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return self.kernels.decode_attention(q, keys, values, lengths, self.scale)

@@ -10,20 +10,6 @@
 
 #include "covo.h"
 
-const char *covo_set_name(int i);
-int covo_set_here(int i);
-int covo_linear(int i, int threads, const void *x, int x_type, const void *weight, int weight_type, const float *scale,
-                const void *bias, void *y, long M, long N, long K);
-int covo_decode_attention(int i, int threads, const void *query, const void *keys, const void *values,
-                          const long *lengths, void *out, int type, long B, long H, long G, long K_max, long D,
-                          float scale);
-void covo_snake(int i, int threads, const Snake *t);
-void covo_winograd_signal(int i, int threads, const Winograd *t);
-void covo_winograd_results(int i, int threads, const Winograd *t);
-void covo_norm(int i, int threads, const Norm *t);
-void covo_rotary(int i, int threads, const Rotary *t);
-void covo_gate(int i, int threads, const Gate *t);
-
 static const char *TYPES[] = {"bfloat16", "float16", "float32", "int8"};
 static const double EPSILON[] = {0x1p-8, 0x1p-11, 0x1p-24}; /* of one rounding */
 static int faults;

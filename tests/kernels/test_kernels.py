@@ -111,8 +111,9 @@ def test_the_products_of_a_convolution_may_run_in_another_dtype(backend: Any) ->
 
 
 def test_every_function_of_the_contract_has_a_case() -> None:
-    # masks are made for what takes them, forms of weights for conv1d: tested with it, and in test_winograd.py
-    prepared = {"key_mask", "step_mask", "conv_weight", "transformed_weight"}
+    # Masks are made for what takes them, forms of weights for conv1d: tested with it, and in test_winograd.py. Layers:
+    # test_cpu_decoder.py
+    prepared = {"key_mask", "step_mask", "conv_weight", "transformed_weight", "decode_layers"}
     assert {case.function for case in CASES} | prepared == set(select.FUNCTIONS)
     for backend in BACKENDS:
         assert all(callable(getattr(backend, function)) for function in select.FUNCTIONS)

@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define EXPORT __attribute__((visibility("default")))
 #define MAX_THREADS 256
 
 /* Best first. A machine is asked once; what it has does not change. */

@@ -106,6 +106,33 @@ typedef struct {
   int type;
 } Gate;
 
+/* The weights of a product, see Linear. */
+typedef struct {
+  const void *weight, *bias;
+  const float *scale;
+  long type;
+} ProductWeights;
+
+/* A layer of Qwen2: norms[C], products, and its caches [B_max, G, K_max, D]. */
+typedef struct {
+  const void *norm, *post_norm;
+  ProductWeights qkv, o, gate_up, down;
+  void *keys, *values;
+} Layer;
+
+/* x[B, C]: one more token in each of the slots 0 .. B - 1, cosines and sines[B, D] of its position, lengths[B]: valid rows, its
+ * own included, which are written to the caches. out and residual[B, C], whose sum goes on: the last layer's feed-forward
+ * output, and the stream before it. C functions of this file compute all of it, one after the other. */
+typedef struct {
+  const Layer *layers;
+  const void *x, *cosines, *sines;
+  const long *lengths;
+  void *out, *residual;
+  long num_layers, B, C, H, G, D, F, K_max;
+  float eps, scale;
+  int type;
+} Decoder;
+
 /* How a set attends. A unit of the work is the queries [first, last) of head h, first a multiple of `step`. */
 typedef struct {
   long step;
@@ -139,9 +166,6 @@ typedef struct {
 
 extern const Attends AMX_ATTENDS, AVX512_BF16_ATTENDS;
 extern const Set AMX, AVX512_BF16, AVX512, AVX2, NEON_BF16, NEON, PORTABLE;
-
-/* Runs work(job) once in each of `threads` threads and returns when all have. */
-void covo_parallel(void (*work)(void *), void *job, int threads);
 
 INLINE float from_bfloat16(uint16_t bits) {
   uint32_t wide = (uint32_t)bits << 16;
@@ -201,5 +225,29 @@ INLINE void finish(const Linear *t, long m, long n, float sum) {
   if (t->bias) sum += get(t->bias, n, t->x_type);
   put(t->y, m * t->y_stride + n, t->y_type, sum);
 }
+
+/* Runs work(job) once in each of `threads` threads and returns when all have. */
+void covo_parallel(void (*work)(void *), void *job, int threads);
+
+/* The functions that library.py calls. i: the number of a set; those that return one say which has served, -1: no memory. */
+#define EXPORT __attribute__((visibility("default")))
+
+const char *covo_set_name(int i);
+int covo_set_here(int i);
+const char *covo_sources(void);
+void covo_use_team(void (*team)(void (*)(void *), void *, unsigned, unsigned));
+int covo_linear(int i, int threads, const void *x, int x_type, const void *weight, int weight_type, const float *scale,
+                const void *bias, void *y, long M, long N, long K);
+int covo_decode_attention(int i, int threads, const void *query, const void *keys, const void *values, const long *lengths,
+                          void *out, int type, long B, long H, long G, long K_max, long D, float scale);
+int covo_attends(int i);
+int covo_attention(int i, int threads, const Attend *t);
+void covo_snake(int i, int threads, const Snake *t);
+void covo_winograd_signal(int i, int threads, const Winograd *t);
+void covo_winograd_results(int i, int threads, const Winograd *t);
+void covo_norm(int i, int threads, const Norm *t);
+void covo_rotary(int i, int threads, const Rotary *t);
+void covo_gate(int i, int threads, const Gate *t);
+int covo_decoder(int i, int threads, const Decoder *t);
 
 #endif
