@@ -168,8 +168,8 @@ class Qwen2(nn.Module):
         layers: from in_one_call() with this cache.
         """
         if layers:
-            streams = layers(self.embed(input_ids), *cache.rotary.index_select(1, positions), lengths)
-            if streams:
+            cos, sin = cache.rotary.index_select(1, positions)
+            if streams := layers(self.embed(input_ids), cos, sin, lengths):
                 return self.logits(self.norm(*streams)[0])
 
         def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
