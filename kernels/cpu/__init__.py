@@ -1,5 +1,4 @@
-"""The contract of interface.py on CPUs: products of few rows, attention, the activation and the transforms of
-convolutions in C, all else PyTorch's.
+"""The contract of interface.py on CPUs: decoding, attention, the activation and convolutions in C, all else PyTorch's.
 
 The C code is one shared library, built when covo-npu is installed if there is a C compiler; csrc/covo.h is a good
 first read. Without it `native` serves, and library.missing() says why.

@@ -1,6 +1,6 @@
 """Qwen2 decoder on flat tokens [T, C]: fused qkv and gate_up, grouped-query attention over a static KV cache.
 
-Source: arXiv 2407.10671; the order of roundings is that of transformers' Qwen2.
+Source: arXiv 2407.10671; sums and norms are rounded where transformers' Qwen2 rounds them.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

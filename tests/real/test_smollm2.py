@@ -138,7 +138,7 @@ def test_bfloat16_is_as_good_as_transformers(
 def test_weights_in_8_bits_cost_half_a_percent_of_perplexity_at_most(
     weights: dict[str, Tensor], text: list[int]
 ) -> None:
-    """Against our own bfloat16. With 6 bits instead of 8 the same bound is missed."""
+    """Against our own bfloat16, less what is chance. With 6 bits instead of 8 the same bound is missed."""
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
     kept = {name: tensor for name, tensor in rounded.items() if not name.endswith("_proj.weight")}
     eight = smollm2.in_8_bits(weights, INT8["int8"]) | kept
@@ -154,7 +154,12 @@ def test_weights_in_8_bits_cost_half_a_percent_of_perplexity_at_most(
         f"{perplexity(found):.3f} ({perplexity(found) / perplexity(plain) - 1:+.2%}), its 6 upper bits "
         f"{perplexity(coarse):.3f}; a token's ln p moves by {float((found - plain).std()):.4f}"
     )
-    assert perplexity(found) <= 1.005 * perplexity(plain) < perplexity(coarse)
+    chance = float((found - plain).std()) / NUM_TOKENS**0.5
+    assert (
+        math.log(perplexity(found) / perplexity(plain))
+        <= 0.005 + 2 * chance
+        < math.log(perplexity(coarse) / perplexity(plain))
+    )
 
 
 def test_a_head_in_8_bits_adds_nothing_that_can_be_told(weights: dict[str, Tensor], text: list[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from covo_npu.kernels import cpu, native, select
-from covo_npu.kernels.cpu import winograd
+from covo_npu.kernels.cpu import library, winograd
 from covo_npu.tools.check import kernels
 from covo_npu.tools.check.kernels import ALLOWED
 
@@ -75,9 +75,25 @@ def test_no_number_in_the_second_result_is_above_the_bounds(name: str) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    measured = {"masked_attention", "masked_decode_attention"}
+    measured = {"masked_attention", "masked_decode_attention", "decode_layers"}
     made_of_others = measured | {"key_mask", "step_mask", "conv_weight", "transformed_weight"}  # preparations
     assert {case.function for case in CASES.values()} | made_of_others == set(select.FUNCTIONS)
+
+
+def test_layers_in_one_call_are_held_to_layers_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_cases", list)
+    name = "decode_layers in one call"
+    assert {finding.name: finding.holds for finding in kernels.findings(cpu.CPU(), CPU)}[name]
+    assert name not in {finding.name for finding in kernels.findings(native, CPU)}
+    usual = library.Decoder
+
+    def other(*fields: Any) -> library.Decoder:
+        job = usual(*fields)
+        job.scale *= 1.1
+        return job
+
+    monkeypatch.setattr(library, "Decoder", other)
+    assert not {finding.name: finding.holds for finding in kernels.findings(cpu.CPU(), CPU)}[name]
 
 
 def test_a_convolution_has_the_second_form_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ from covo_npu.kernels.errors import first_line
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.masked import TOLERANCES, masked_attention_error, masked_keys_error
 from covo_npu.kernels.select import describe, select
+from covo_npu.runtime.checkpoint.config import LLMConfig
+from covo_npu.runtime.networks.cache import allocate
+from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.tools.check.result import Finding, Result, Subject, below, check
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 28, 4, 128, 3584  # the decoder's
@@ -132,7 +135,7 @@ def _rows(random: Callable[..., Tensor]) -> Inputs:
 
 
 def findings(kernels: Kernels, device: torch.device) -> Iterator[Finding]:
-    """Yield one finding for each case and dtype, and one for each size of a mask that captured work has."""
+    """Yield one finding for each case and dtype, one for each size of a mask that captured work has, one for layers."""
     for case in _cases():
         for dtype in case.dtypes:
             name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
@@ -151,6 +154,33 @@ def findings(kernels: Kernels, device: torch.device) -> Iterator[Finding]:
         q = torch.empty(2, frames, *DIT[2:], dtype=torch.bfloat16, device=device)
         error = masked_keys_error(kernels, q)
         yield below(f"masked_attention, {frames} frames", error, TOLERANCES[q.dtype], "against lengths", ".1e")
+    if (differs := _layers_differ(kernels, device)) is not None:
+        found = "another result" if differs else "the same bits"
+        yield Finding("decode_layers in one call", found, "the same bits", "as one after the other", not differs)
+
+
+def _layers_differ(kernels: Kernels, device: torch.device) -> bool | None:
+    """Return whether a layer in one call gives other bits than its kernels one after the other; None without the call.
+
+    Sizes are the decoder's, but for a narrow feed-forward part.
+    """
+    config = LLMConfig(1, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, 2048, 64, 1e-6, 1e6, MAX_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        llm = Qwen2(config, kernels, torch.bfloat16)
+    tensors = {name: torch.randn(t.shape, generator=generator) / 60 for name, t in llm.state_dict().items()}
+    llm.load_state_dict({name: t.to(device, torch.bfloat16) for name, t in tensors.items()}, assign=True)
+    ids, lengths = torch.arange(len(LENGTHS), device=device), list(LENGTHS)
+    positions = torch.tensor(lengths, device=device) - 1
+    found = []
+    for at_once in (True, False):
+        cache = allocate(config, len(lengths), MAX_LENGTH, torch.bfloat16, device)
+        layers = llm.in_one_call(cache) if at_once else None
+        if at_once and not layers:
+            return None
+        logits = llm.decode(ids, positions, lengths, cache, layers)
+        found.append((logits, *cache.keys, *cache.values))
+    return not all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def _error(kernels: Kernels, device: torch.device, case: Case, dtype: torch.dtype) -> float:

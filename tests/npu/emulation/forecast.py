@@ -21,6 +21,7 @@ from emulation.stages import Stages, made_up
 from torch import Tensor
 from torch._C import _dispatch_has_kernel_for_dispatch_key
 
+from covo_npu.kernels import native
 from covo_npu.kernels.device import open_device
 from covo_npu.kernels.interface import Kernels
 from covo_npu.kernels.select import FUNCTIONS, select
@@ -163,7 +164,8 @@ def _overloads(operator: str) -> list[str]:
 
 def forecast_kernels(kernels: Kernels, recorder: Recorder) -> Kernels:
     """Return kernels that compute as the given ones do, and note the operators that kernels/npu.py makes instead."""
-    table = {name: partial(_noted, kernels, name, recorder) for name in FUNCTIONS}
+    table: dict[str, Any] = {name: partial(_noted, kernels, name, recorder) for name in FUNCTIONS}
+    table["decode_layers"] = native.decode_layers  # there is none: layers follow each other
     return cast(Kernels, SimpleNamespace(name="forecast", **table))
 
 
