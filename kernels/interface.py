@@ -44,7 +44,7 @@ class LayerWeights:
 
 
 # (x [B, C], cos [B, D], sin [B, D], lengths of B) -> (feed-forward output, residual), both [B, C]: see decode_layers.
-DecodeLayers = Callable[[Tensor, Tensor, Tensor, list[int]], tuple[Tensor, Tensor] | None]
+DecodeLayers = Callable[[Tensor, Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor] | None]
 
 
 class Kernels(Protocol):

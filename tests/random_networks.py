@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from covo_npu.kernels.interface import Kernels
-from covo_npu.runtime.checkpoint.config import ModelConfig, Token2WavConfig
+from covo_npu.runtime.checkpoint.config import LLMConfig, ModelConfig, Token2WavConfig
 from covo_npu.runtime.networks.bigvgan import FILTER_TAPS
 from covo_npu.runtime.networks.files import Networks, fill, meta_networks
+from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.runtime.token2wav import SpeechDtypes, Token2Wav
 from covo_npu.runtime.voice import Voice
 from covo_npu.tools.synth.config import PRESETS
@@ -35,6 +36,14 @@ def random_voice(config: Token2WavConfig, seed: int = 0) -> Voice:
     codes = torch.randint(config.dit.num_codes, (sizes.num_codes,), generator=generator)
     latents = torch.randn(sizes.num_frames, config.dit.latent_dim, generator=generator)
     return Voice(codes, latents, torch.randn(config.dit.speaker_dim, generator=generator))
+
+
+def random_qwen2(config: LLMConfig, kernels: Kernels, dtype: torch.dtype, int8: Collection[str] = ()) -> Qwen2:
+    """Return a decoder on the CPU, the products in int8 in 8 bits."""
+    with torch.device("meta"):
+        network = Qwen2(config, kernels, dtype, int8)
+    _fill(network, torch.Generator().manual_seed(0))
+    return network
 
 
 def random_networks(

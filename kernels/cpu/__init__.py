@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covo_npu.kernels import native
-from covo_npu.kernels.cpu import library, winograd
+from covo_npu.kernels.cpu import decoder, library, winograd
 from covo_npu.kernels.cpu.choice import Choice
-from covo_npu.kernels.cpu.decoder import Layers, serves
 from covo_npu.kernels.interface import DecodeLayers, Int8Dtypes, LayerWeights
 
 
@@ -85,7 +84,7 @@ class CPU:
 
     def decode_layers(self, layers: Sequence[LayerWeights], eps: float, scale: float) -> DecodeLayers | None:
         """Without Python between the products, where it would find none of its own memory in a cache."""
-        return Layers(self.choice, layers, eps, scale) if serves(layers) else None
+        return decoder.Layers(self.choice, layers, eps, scale) if decoder.serves(layers) else None
 
     def conv1d(
         self,

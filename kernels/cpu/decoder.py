@@ -20,15 +20,15 @@ class Layers:
         self._held: list[Tensor] = []
         self._layers = (library.Layer * len(layers))(*map(self._layer, layers))
         first = layers[0]
-        self.dtype, self._products = first.keys.dtype, (first.qkv, first.o, first.gate_up, first.down)
+        self._type, self._weights = library.TYPES[first.keys.dtype], _weights(first)
         _, kv_heads, max_length, head_dim = first.keys.shape
         hidden, wide = first.down.weight.shape
         self._sizes = (hidden, first.o.weight.shape[1] // head_dim, kv_heads, head_dim, wide, max_length)
-        self._served: dict[int, bool] = {}
+        self._ours: dict[int, bool] = {}  # by numbers of rows
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Return the last layer's feed-forward output and the residual stream, None if PyTorch multiplies so many."""
-        if not self._serves(len(lengths)):
+        if not self._multiplies(len(lengths)):
             return None
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out, residual = torch.empty_like(x), torch.empty_like(x)
@@ -37,16 +37,16 @@ class Layers:
         results = out.data_ptr(), residual.data_ptr()
         job = library.Decoder(
             self._layers, *pointers, slots, *results, len(self._layers), len(lengths), *self._sizes,
-            self.eps, self.scale, library.TYPES[self.dtype],
+            self.eps, self.scale, self._type,
         )  # fmt: skip
         library.decoder(self.choice.instructions, job)
         return out, residual
 
-    def _serves(self, rows: int) -> bool:
+    def _multiplies(self, rows: int) -> bool:
         """Return whether C multiplies that many rows in every product of a layer."""
-        if rows not in self._served:
-            self._served[rows] = all(self.choice.ours(rows, product.weight) for product in self._products)
-        return self._served[rows]
+        if rows not in self._ours:
+            self._ours[rows] = all(self.choice.ours(rows, weight) for weight in self._weights)
+        return self._ours[rows]
 
     def _layer(self, layer: LayerWeights) -> library.Layer:
         products = (self._product(p, layer.keys.dtype) for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
@@ -68,9 +68,12 @@ class Layers:
 
 
 def serves(layers: Sequence[LayerWeights]) -> bool:
-    """Return whether the library computes such layers: weights of 16 or 8 bits, heads that its attention takes."""
-    dtype, head_dim = layers[0].keys.dtype, layers[0].keys.shape[-1]
-    types = {getattr(layers[0], name).weight.dtype for name in ("qkv", "o", "gate_up", "down")}
-    return (
-        dtype in (torch.bfloat16, torch.float16) and head_dim % library.HEAD_DIMS == 0 and types <= {dtype, torch.int8}
+    """Return whether the library computes such layers: all their products, and attention with their heads."""
+    first = layers[0]
+    return first.keys.shape[-1] % library.HEAD_DIMS == 0 and all(
+        library.multiplies(first.keys, weight) for weight in _weights(first)
     )
+
+
+def _weights(layer: LayerWeights) -> list[Tensor]:
+    return [product.weight for product in (layer.qkv, layer.o, layer.gate_up, layer.down)]

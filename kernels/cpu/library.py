@@ -248,7 +248,7 @@ def attention(best: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     sizes = (q.shape[0], q.shape[1], *k.shape[1:])
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     job = _Attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *sizes, *strides, scale)
-    _checked(library().covo_attention(_numbers()[best], torch.get_num_threads(), ctypes.byref(job)))
+    _checked(_run("attention", best, job))
     return out
 
 
@@ -269,7 +269,7 @@ def anti_aliased_snake(
     taps = [(ctypes.c_float * 12)(*filter_) for filter_ in (up, down)]
     pointers = [x.data_ptr(), alpha.data_ptr(), inverse_beta.data_ptr(), *map(ctypes.addressof, taps), y.data_ptr()]
     job = _Snake(*pointers, slots * channels, channels, length, starts, ends)
-    library().covo_snake(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("snake", best, job)
     return y
 
 
@@ -281,7 +281,7 @@ def winograd_signal(best: str, x: Tensor, tiles: int, dilation: int) -> Tensor:
     x, (slots, channels, length) = x.contiguous(), x.shape
     products = x.new_empty(slots, WINOGRAD_POINTS, channels, tiles)
     job = _Winograd(x.data_ptr(), products.data_ptr(), None, slots, channels, length, tiles, dilation)
-    library().covo_winograd_signal(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("winograd_signal", best, job)
     return products
 
 
@@ -291,7 +291,7 @@ def winograd_results(best: str, products: Tensor, bias: Tensor | None, length: i
     products, bias = products.contiguous(), None if bias is None else bias.float().contiguous()
     y = products.new_empty(slots, channels, length)
     job = _Winograd(y.data_ptr(), products.data_ptr(), _address(bias), *y.shape, tiles, dilation)
-    library().covo_winograd_results(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("winograd_results", best, job)
     return y
 
 
@@ -304,7 +304,7 @@ def rms_norm(best: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps:
     pointers = (x.data_ptr(), _address(residual), weight.data_ptr(), normed.data_ptr(), summed.data_ptr())
     size = x.shape[-1]
     job = _Norm(*pointers, x.numel() // max(size, 1), size, eps, TYPES[x.dtype])
-    library().covo_norm(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("norm", best, job)
     return normed, summed
 
 
@@ -315,7 +315,7 @@ def rotary(best: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     angle_batch = cos.stride(0) if cos.shape[0] > 1 else 0
     pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     job = _Rotary(*pointers, *x.shape, *x.stride()[:3], angle_batch, TYPES[x.dtype])
-    library().covo_rotary(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("rotary", best, job)
     return y
 
 
@@ -324,13 +324,19 @@ def swiglu(best: str, gate_up: Tensor) -> Tensor:
     gate_up, size = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype)
     job = _Gate(gate_up.data_ptr(), y.data_ptr(), y.numel() // max(size, 1), size, TYPES[y.dtype])
-    library().covo_gate(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    _run("gate", best, job)
     return y
 
 
 def decoder(best: str, job: Decoder) -> None:
     """Compute all layers of a decode step, see covo.h; the job names the memory that is read and written."""
-    _checked(library().covo_decoder(_numbers()[best], torch.get_num_threads(), ctypes.byref(job)))
+    _checked(_run("decoder", best, job))
+
+
+def _run(name: str, best: str, job: ctypes.Structure) -> int:
+    """Call one of JOBS with PyTorch's threads; return what it does, if anything."""
+    returned: int = getattr(library(), f"covo_{name}")(_numbers()[best], torch.get_num_threads(), ctypes.byref(job))
+    return returned
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -167,15 +167,11 @@ class Qwen2(nn.Module):
         input_ids, positions: [B] int64 on the device, for slots 0 .. B - 1; lengths: positions + 1, on the host;
         layers: from in_one_call() with this cache.
         """
-        if layers:
-            cos, sin = cache.rotary.index_select(1, positions)
-            if streams := layers(self.embed(input_ids), cos, sin, lengths):
-                return self.logits(self.norm(*streams)[0])
 
         def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return self.kernels.decode_attention(q, keys, values, lengths, self.scale)
 
-        return self._decode(input_ids, positions, cache, attend)
+        return self._decode(input_ids, positions, cache, attend, lengths, layers)
 
     def decode_masked(self, input_ids: Tensor, positions: Tensor, bound: int, cache: KVCache) -> Tensor:
         """Return what decode() returns, from tensors alone: a step that can be captured. bound: above all positions."""
@@ -186,8 +182,19 @@ class Qwen2(nn.Module):
 
         return self._decode(input_ids, positions, cache, attend)
 
-    def _decode(self, input_ids: Tensor, positions: Tensor, cache: KVCache, attend: Attend) -> Tensor:
-        cos, sin = cache.rotary.index_select(1, positions)
+    def _decode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        attend: Attend,
+        lengths: Sequence[int] = (),
+        layers: DecodeLayers | None = None,
+    ) -> Tensor:
+        """Return logits as decode() does. lengths: only `layers` reads them."""
+        x, (cos, sin) = self.embed(input_ids), cache.rotary.index_select(1, positions)
+        if layers and (streams := layers(x, cos, sin, lengths)):
+            return self.logits(self.norm(*streams)[0])
         step = Pass(
             cos=cos[None, :, None],
             sin=sin[None, :, None],
@@ -195,7 +202,7 @@ class Qwen2(nn.Module):
             num_outputs=input_ids.shape[0],
             attend=attend,
         )
-        return self.logits(self._hidden(self.embed(input_ids), step, cache))
+        return self.logits(self._hidden(x, step, cache))
 
     def _hidden(self, x: Tensor, step: Pass, cache: KVCache) -> Tensor:
         """Return the final normed hidden states of the last tokens, [step.num_outputs, C]."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+from random_networks import random_qwen2
 
-from covo_npu.convert.transforms import quantise
 from covo_npu.kernels import native
 from covo_npu.kernels.cpu import CPU, library
 from covo_npu.kernels.cpu.choice import OURS, PYTORCH, Choice
@@ -16,31 +17,11 @@ from covo_npu.runtime.checkpoint.config import LLMConfig
 from covo_npu.runtime.checkpoint.format import INT8
 from covo_npu.runtime.networks.cache import KVCache, allocate
 from covo_npu.runtime.networks.qwen2 import Qwen2
-from covo_npu.runtime.parallel import ALONE
 
 SIZES = LLMConfig(3, 100, 6, 2, 32, 75, 211, 1e-6, 1e6, 4096)
 ROWS = 300
-HALVES = (torch.bfloat16, torch.float16)
+FORMS = (*product((torch.bfloat16, torch.float16), ("", "int8")), (torch.float32, "int8+head"))
 LENGTHS = ([1], [260], [ROWS, 3, 257, 40, 1])
-
-
-def network(kernels: CPU, dtype: torch.dtype, config: LLMConfig = SIZES, weights: str = "") -> Qwen2:
-    """Return a network whose numbers are all random, of a size that keeps values near one."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.device("meta"):
-        whole = Qwen2(config, kernels, dtype, INT8[weights] if weights else ())
-    tensors = {}
-    for name, empty in whole.state_dict().items():
-        if name.endswith("scale"):
-            continue
-        mean = float("norm" in name)
-        values = mean + torch.randn(empty.shape, generator=generator) * (0.3 if empty.dim() == 1 else 0.1)
-        if empty.dtype == torch.int8:
-            tensors[name], tensors[name.replace("weight", "scale")] = quantise(values)
-        else:
-            tensors[name] = values.to(dtype)
-    whole.load_state_dict(tensors, assign=True)
-    return whole
 
 
 def filled(config: LLMConfig, dtype: torch.dtype, slots: int) -> KVCache:
@@ -66,10 +47,10 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
-@pytest.mark.parametrize(("dtype", "weights"), [*product(HALVES, ["", "int8"])], ids=str)
+@pytest.mark.parametrize(("dtype", "weights"), FORMS, ids=str)
 @pytest.mark.parametrize("best", library.usable_sets())
 def test_one_call_gives_the_bits_of_many(best: str, dtype: torch.dtype, weights: str, lengths: list[int]) -> None:
-    llm = network(CPU(Choice(best)), dtype, weights=weights)
+    llm = random_qwen2(SIZES, CPU(Choice(best)), dtype, INT8[weights] if weights else ())
     expected = decoded(llm, dtype, lengths, at_once=False)
     assert expected[0].isfinite().all() and expected[0].std() > 0.1
     for threads in (1, 3):
@@ -80,7 +61,7 @@ def test_one_call_gives_the_bits_of_many(best: str, dtype: torch.dtype, weights:
 @pytest.mark.parametrize("name", ["input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj"])
 def test_every_part_of_every_layer_matters(name: str) -> None:
     """The same numbers moved by one, in the last layer alone, give others: nothing is left out or taken twice."""
-    llm = network(CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
+    llm = random_qwen2(SIZES, CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
     expected = decoded(llm, torch.bfloat16, [20], at_once=True)
     part = getattr(llm.layers[-1], name)
     part.weight.data = part.weight.roll(1, -1)
@@ -89,7 +70,7 @@ def test_every_part_of_every_layer_matters(name: str) -> None:
 
 def test_one_layer_and_a_head_of_its_own() -> None:
     config = replace(SIZES, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=128)
-    llm = network(CPU(Choice(library.usable_sets()[0])), torch.bfloat16, config)
+    llm = random_qwen2(config, CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
     expected = decoded(llm, torch.bfloat16, [9, 2], at_once=False)
     assert same(decoded(llm, torch.bfloat16, [9, 2], at_once=True), expected)
 
@@ -97,29 +78,31 @@ def test_one_layer_and_a_head_of_its_own() -> None:
 def test_where_c_does_not_multiply_layers_follow_each_other() -> None:
     best = library.usable_sets()[0]
     for kernels in (CPU(Choice(best, fixed=PYTORCH)), CPU(Choice(best, {(100, 75, torch.bfloat16, 1): PYTORCH}))):
-        llm, cache = network(kernels, torch.bfloat16), filled(SIZES, torch.bfloat16, 1)
+        llm, cache = random_qwen2(SIZES, kernels, torch.bfloat16), filled(SIZES, torch.bfloat16, 1)
         layers = llm.in_one_call(cache)
         assert layers and layers(llm.embed(torch.tensor([3])), *cache.rotary[:, :1], [1]) is None
         assert same(decoded(llm, torch.bfloat16, [5], at_once=True), decoded(llm, torch.bfloat16, [5], at_once=False))
 
 
 def test_what_has_no_such_call_says_so() -> None:
-    float32, odd_heads = network(CPU(), torch.float32), replace(SIZES, head_dim=48)
+    float32, odd_heads = random_qwen2(SIZES, CPU(), torch.float32), replace(SIZES, head_dim=48)
     assert float32.in_one_call(filled(SIZES, torch.float32, 1)) is None
-    other = network(CPU(Choice.unmeasured(OURS)), torch.bfloat16, odd_heads)
+    other = random_qwen2(odd_heads, CPU(Choice.unmeasured(OURS)), torch.bfloat16)
     assert other.in_one_call(filled(odd_heads, torch.bfloat16, 1)) is None
-    ranks = network(CPU(), torch.bfloat16)
-    assert ranks.in_one_call(filled(SIZES, torch.bfloat16, 1)) and ranks.group is ALONE
-    plain = network(native, torch.bfloat16)  # type: ignore[arg-type]
+    ranks = random_qwen2(SIZES, CPU(), torch.bfloat16)
+    assert ranks.in_one_call(filled(SIZES, torch.bfloat16, 1))
+    ranks.group = SimpleNamespace(size=2)
+    assert ranks.in_one_call(filled(SIZES, torch.bfloat16, 1)) is None
+    plain = random_qwen2(SIZES, native, torch.bfloat16)
     assert plain.in_one_call(filled(SIZES, torch.bfloat16, 1)) is None
 
 
 def test_one_call_is_one_of_many_ways_to_compute_qwen2() -> None:
     """Beside the functions that it shares with the other way: PyTorch's, in float32, on the same numbers."""
-    half = network(CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
-    wide = network(native, torch.float32)  # type: ignore[arg-type]
+    half = random_qwen2(SIZES, CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
+    wide = random_qwen2(SIZES, native, torch.float32)
     wide.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()}, assign=True)
-    plain = network(native, torch.bfloat16)  # type: ignore[arg-type]
+    plain = random_qwen2(SIZES, native, torch.bfloat16)
     plain.load_state_dict(half.state_dict(), assign=True)
 
     def logits(llm: Qwen2, at_once: bool) -> torch.Tensor:

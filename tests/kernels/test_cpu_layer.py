@@ -6,7 +6,6 @@ Each comparison also has to refuse results that are wrong in one place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from covo_npu.kernels.cpu.choice import Choice
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_set = pytest.mark.parametrize("best", library.usable_sets())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-Compute = Callable[..., Any]
 
 
 def backend(best: str) -> CPU:

@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 from covo_npu.kernels.cpu import library
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal")
-IN_C = (library.linear, library.rms_norm, library.rotary, library.swiglu, library.decode_attention, library.attention)
+IN_C = (
+    library.linear, library.rms_norm, library.rotary, library.swiglu, library.decode_attention, library.attention,
+    library.anti_aliased_snake, library.winograd_signal, library.winograd_results,
+)  # fmt: skip
 
 
 class _Recorder(TorchDispatchMode):

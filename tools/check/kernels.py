@@ -22,6 +22,7 @@ from covo_npu.kernels.masked import TOLERANCES, masked_attention_error, masked_k
 from covo_npu.kernels.select import describe, select
 from covo_npu.runtime.checkpoint.config import LLMConfig
 from covo_npu.runtime.networks.cache import allocate
+from covo_npu.runtime.networks.files import fill
 from covo_npu.runtime.networks.qwen2 import Qwen2
 from covo_npu.tools.check.result import Finding, Result, Subject, below, check
 
@@ -169,7 +170,7 @@ def _layers_differ(kernels: Kernels, device: torch.device) -> bool | None:
     with torch.device("meta"):
         llm = Qwen2(config, kernels, torch.bfloat16)
     tensors = {name: torch.randn(t.shape, generator=generator) / 60 for name, t in llm.state_dict().items()}
-    llm.load_state_dict({name: t.to(device, torch.bfloat16) for name, t in tensors.items()}, assign=True)
+    fill(llm, {name: tensor.to(device) for name, tensor in tensors.items()})
     ids, lengths = torch.arange(len(LENGTHS), device=device), list(LENGTHS)
     positions = torch.tensor(lengths, device=device) - 1
     found = []

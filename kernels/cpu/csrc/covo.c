@@ -256,16 +256,16 @@ typedef struct {
   Row *by;
   const void *job;
   long rows, next_row;
-} Rows;
+} EachRow;
 
-static void take_rows(void *rows) {
-  Rows *p = rows;
+static void take_rows(void *job) {
+  EachRow *p = job;
   long row;
   while ((row = __atomic_fetch_add(&p->next_row, 1, __ATOMIC_RELAXED)) < p->rows) p->by(p->job, row);
 }
 
 static void each_row(Row *by, const void *job, long rows, int threads) {
-  Rows p = {by, job, rows, 0};
+  EachRow p = {by, job, rows, 0};
   if (rows > 0) covo_parallel(take_rows, &p, (int)smaller(smaller(threads, MAX_THREADS), rows));
 }
 

@@ -122,7 +122,7 @@ typedef struct {
 
 /* x[B, C]: one more token in each of the slots 0 .. B - 1, cosines and sines[B, D] of its position, lengths[B]: valid rows, its
  * own included, which are written to the caches. out and residual[B, C], whose sum goes on: the last layer's feed-forward
- * output, and the stream before it. C functions of this file compute all of it, one after the other. */
+ * output, and the stream before it. */
 typedef struct {
   const Layer *layers;
   const void *x, *cosines, *sines;
