@@ -256,7 +256,8 @@ static TARGET void add_tiles(const Linear *t, Weights w, long tile, long k0, lon
 /* 32 rows of the weights are read side by side from end to end, or as far as x stays in the second cache: short pieces of
  * rows come from memory at half the rate. Where several pairs of tiles of x wait for them, all take a few columns before
  * the next ones are read: those are in the first cache then, and what follows is on its way meanwhile. */
-static TARGET void amx_multiply(const Linear *t, long first, long last, void *scratch) {
+static TARGET void amx_multiply(const Linear *t, long first, long last, long next, void *scratch) {
+  (void)next;
   const long all = depth(t), tiles = tiles_of_x(t), block_m = BLOCK_M / 16;
   const int as_they_lie = (t->weight_type == BFLOAT16 || by_digits(t)) && t->K % tile_depth(t) == 0;
   const int in_place = as_they_lie && (last - first) % 32 == 0;

@@ -91,9 +91,11 @@ static void prepare(void *job) {
 static void multiply(void *job) {
   Product *p = job;
   char *scratch = p->scratch + p->scratch_bytes * __atomic_fetch_add(&p->next_scratch, 1, __ATOMIC_RELAXED);
-  long row;
-  while ((row = __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED)) < p->linear.N)
-    p->set->multiply(&p->linear, row, smaller(row + p->step, p->linear.N), scratch);
+  long row = __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED), next;
+  for (; row < p->linear.N; row = next) {
+    next = __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED);
+    p->set->multiply(&p->linear, row, smaller(row + p->step, p->linear.N), smaller(next, p->linear.N), scratch);
+  }
 }
 
 /* Writes y, see Linear, with the first set from number i on that serves. Returns its number, -1 without memory. */
@@ -152,7 +154,7 @@ static void attend(void *job) {
     product.N = count;
     p->products->prepare(&product, 0, p->products->units(&product));
     for (long n = 0, step = p->products->step(&product); n < count; n += step)
-      p->products->multiply(&product, n, smaller(n + step, count), scratch);
+      p->products->multiply(&product, n, smaller(n + step, count), smaller(n + step, count), scratch);
     p->set->weigh(t, values, count, scores, t->partial + piece * R * (t->D + 2));
   }
 }

@@ -154,7 +154,8 @@ typedef struct {
   long (*units)(const Linear *);               /* how many units that is */
   long (*step)(const Linear *);                /* rows of the weights that are multiplied at once */
   long (*scratch_bytes)(const Linear *);       /* of a thread */
-  void (*multiply)(const Linear *, long first, long last, void *scratch); /* rows [first, last) of the weights */
+  /* rows [first, last) of the weights; the thread goes on with row `next` */
+  void (*multiply)(const Linear *, long first, long last, long next, void *scratch);
   /* The weighted values of `count` rows of a cache, and of what they are relative to, into sums[H / G, D + 2].
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */
   void (*weigh)(const Attention *, const void *values, long count, float *scores, float *sums);

@@ -5,7 +5,7 @@
  *   VECTOR, LANES      a vector of float32 and its length
  *   ZERO, LOAD(p), STORE(p, v), BROADCAST(f), FMA(a, b, c) = a * b + c, SUM(v)
  *   LOAD_BFLOAT16(p), LOAD_FLOAT16(p), LOAD_INT8(p)   LANES weights as float32
- *   GROUP              rows of x that are multiplied at once, up to 6: 4 * GROUP sums have to fit into the registers
+ *   GROUP              rows of x that are multiplied at once, up to 6: SUMS = 4 * GROUP sums have to fit into the registers
  *   and, if the set has products of bfloat16 pairs:
  *   DOT_LANES          bfloat16 numbers of a vector, DOT_VECTOR its type, LOAD_DOT(p), DOT(sums, x, w)
  *   LOAD_INT8_DOT(p)   if there is one: DOT_LANES weights of 8 bits as bfloat16, which is exact
@@ -19,7 +19,9 @@
 /* How far before their use, in bytes of a row, weights are asked for: the second cache first, then the first one. Asked
  * for the first one alone, memory and arithmetic took turns: it has few places for what it waits for. */
 #define FAR_AHEAD 2048
-#define AHEAD 256
+#define AHEAD 384
+#define WIDEST 8   /* rows of the weights that are read side by side, if there are registers for the sums */
+#define SUMS (4 * GROUP)
 #define PIECE 2048 /* columns after which the partial sums are added up; that much of the rows stays in the first cache */
 #define PAD 32     /* elements: rows of prepared x are filled with zeros up to a multiple */
 
@@ -27,32 +29,31 @@
 #define ADD_SUMS(to, a, b, c, d) ((to)[0] += SUM(a), (to)[1] += SUM(b), (to)[2] += SUM(c), (to)[3] += SUM(d))
 #endif
 
-/* Calls a function whose last argument, how many rows it works on, is a constant. */
-#define OF_HEIGHT(high, FUNCTION, ...)                                                                                 \
+/* Calls a function whose last argument, how many rows it works on, is a constant, at most MOST. */
+#define OF_HEIGHT(high, MOST, FUNCTION, ...)                                                                           \
   switch (high) {                                                                                                      \
     case 1: FUNCTION(__VA_ARGS__, 1); break;                                                                           \
-    case 2: FUNCTION(__VA_ARGS__, GROUP < 2 ? 1 : 2); break;                                                           \
-    case 3: FUNCTION(__VA_ARGS__, GROUP < 3 ? 1 : 3); break;                                                           \
-    case 4: FUNCTION(__VA_ARGS__, GROUP < 4 ? 1 : 4); break;                                                           \
-    case 5: FUNCTION(__VA_ARGS__, GROUP < 5 ? 1 : 5); break;                                                           \
-    case 6: FUNCTION(__VA_ARGS__, GROUP < 6 ? 1 : 6); break;                                                           \
+    case 2: FUNCTION(__VA_ARGS__, (MOST) < 2 ? 1 : 2); break;                                                          \
+    case 3: FUNCTION(__VA_ARGS__, (MOST) < 3 ? 1 : 3); break;                                                          \
+    case 4: FUNCTION(__VA_ARGS__, (MOST) < 4 ? 1 : 4); break;                                                          \
+    case 5: FUNCTION(__VA_ARGS__, (MOST) < 5 ? 1 : 5); break;                                                          \
+    case 6: FUNCTION(__VA_ARGS__, (MOST) < 6 ? 1 : 6); break;                                                          \
   }
 
-/* Adds to totals[M, 4] the products of columns [k, end) of WIDE rows of the weights from n on with HIGH rows of x from m
- * on; STEP columns at once. */
+/* Adds to totals[M, WIDEST] the products of columns [k, end) of WIDE rows of the weights from n on with HIGH rows of x from
+ * m on; STEP columns at once. Behind the end of these rows, those from `next` on are asked for. */
 #define DEFINE_ROWS(NAME, ELEMENT, X_ELEMENT, X_VECTOR, STEP, LOAD_X, LOAD_WEIGHT, ADD)                                \
-  INLINE TARGET void SET(NAME##_block)(const Linear *t, long n, long m, long k, long end, float *totals,               \
+  INLINE TARGET void SET(NAME##_block)(const Linear *t, long n, long next, long m, long k, long end, float *totals,    \
                                        const int WIDE, const int HIGH) {                                               \
     const long K = t->K, size = sizeof(ELEMENT), line = 64 / size, row = round_up(K, PAD);                             \
     const long far = (t->M > GROUP ? PIECE * size : FAR_AHEAD) / size;                                                 \
-    const ELEMENT *w = (const ELEMENT *)t->weight + n * K;                                                             \
+    const ELEMENT *w = (const ELEMENT *)t->weight + n * K, *after = (const ELEMENT *)t->weight + (next - 1) * K;       \
     const X_ELEMENT *x = (const X_ELEMENT *)t->prepared + m * row;                                                     \
-    VECTOR sums[4][GROUP];                                                                                             \
+    VECTOR sums[WIDEST][GROUP];                                                                                        \
     for (int r = 0; r < WIDE; r++)                                                                                     \
       for (int g = 0; g < HIGH; g++) sums[r][g] = ZERO;                                                                \
     for (; k + line <= end; k += line) {                                                                               \
-      /* What follows the end of a row is the next WIDE rows: the row below it is being read already. */               \
-      const ELEMENT *ahead = w + k + far + (k + far < K ? 0 : (WIDE - 1) * K);                                         \
+      const ELEMENT *ahead = (k + far < K ? w : after) + k + far;                                                      \
       for (int r = 0; r < WIDE; r++) {                                                                                 \
         __builtin_prefetch(ahead + r * K, 0, 1);                                                                       \
         __builtin_prefetch(w + r * K + k + AHEAD / size, 0, 3);                                                        \
@@ -73,24 +74,36 @@
         X_VECTOR ws = LOAD_WEIGHT(rest);                                                                               \
         for (int g = 0; g < HIGH; g++) sums[r][g] = ADD(sums[r][g], LOAD_X(x + g * row + k), ws);                      \
       }                                                                                                                \
-    for (int g = 0; g < HIGH; g++)                                                                                     \
-      if (WIDE == 4) ADD_SUMS(totals + 4 * (m + g), sums[0][g], sums[1][g], sums[2][g], sums[3][g]);                   \
-      else totals[4 * (m + g)] += SUM(sums[0][g]);                                                                     \
+    for (int g = 0; g < HIGH; g++) {                                                                                   \
+      float *to = totals + WIDEST * (m + g);                                                                           \
+      int r = 0;                                                                                                       \
+      for (; r + 4 <= WIDE; r += 4) ADD_SUMS(to + r, sums[r][g], sums[r + 1][g], sums[r + 2][g], sums[r + 3][g]);      \
+      for (; r < WIDE; r++) to[r] += SUM(sums[r][g]);                                                                  \
+    }                                                                                                                  \
   }                                                                                                                    \
-  INLINE TARGET void SET(NAME##_wide)(const Linear *t, long n, float *totals, const int WIDE) {                        \
-    memset(totals, 0, (size_t)(4 * t->M) * 4);                                                                         \
+  INLINE TARGET void SET(NAME##_wide)(const Linear *t, long n, long next, float *totals, const int WIDE) {             \
+    memset(totals, 0, (size_t)(WIDEST * t->M) * 4);                                                                    \
     for (long k = 0; k < t->K; k += PIECE) {                                                                           \
       const long end = smaller(k + PIECE, t->K);                                                                       \
       for (long m = 0; m < t->M; m += GROUP)                                                                           \
-        OF_HEIGHT(smaller(GROUP, t->M - m), SET(NAME##_block), t, n, m, k, end, totals, WIDE);                         \
-    }                                                                                                              \
+        OF_HEIGHT(smaller(GROUP, t->M - m), WIDE > 4 ? SUMS / WIDE : GROUP, SET(NAME##_block), t, n, next, m, k, end,  \
+                  totals, WIDE);                                                                                       \
+    }                                                                                                                  \
     for (long m = 0; m < t->M; m++)                                                                                    \
-      for (int r = 0; r < WIDE; r++) finish(t, m, n + r, totals[4 * m + r]);                                           \
+      for (int r = 0; r < WIDE; r++) finish(t, m, n + r, totals[WIDEST * m + r]);                                      \
   }                                                                                                                    \
-  static TARGET __attribute__((noinline)) void SET(NAME##_rows)(const Linear *t, long n, long last, float *totals) {   \
-    for (; n + 4 <= last; n += 4) SET(NAME##_wide)(t, n, totals, 4);                                                   \
-    for (; n < last; n++) SET(NAME##_wide)(t, n, totals, 1);                                                           \
+  static TARGET __attribute__((noinline)) void SET(NAME##_rows)(const Linear *t, long n, long last, long next,         \
+                                                                float *totals) {                                       \
+    WHILE_WIDE(8, NAME)                                                                                                \
+    WHILE_WIDE(6, NAME)                                                                                                \
+    WHILE_WIDE(4, NAME)                                                                                                \
+    WHILE_WIDE(1, NAME)                                                                                                \
   }
+
+/* Rows [n, last) as long as there are WIDE of them, and registers. */
+#define WHILE_WIDE(WIDE, NAME)                                                                                         \
+  for (; n + WIDE <= last && (WIDE <= 4 || t->M * WIDE <= SUMS); n += WIDE)                                            \
+    SET(NAME##_wide)(t, n, n + WIDE < last ? n + WIDE : next, totals, WIDE);
 
 #define MULTIPLY_ADD(sums, x, w) FMA(x, w, sums)
 DEFINE_ROWS(bfloat16, uint16_t, float, VECTOR, LANES, LOAD, LOAD_BFLOAT16, MULTIPLY_ADD)
@@ -106,7 +119,7 @@ DEFINE_ROWS(int8_dot, int8_t, uint16_t, DOT_VECTOR, DOT_LANES, LOAD_DOT, LOAD_IN
 
 static int SET(serves)(const Linear *t) { return t->x_type != INT8; }
 
-typedef void Rows(const Linear *t, long n, long last, float *totals);
+typedef void Rows(const Linear *t, long n, long last, long next, float *totals);
 
 /* The function that multiplies these types as pairs of bfloat16, NULL without one. */
 INLINE Rows *SET(dots)(const Linear *t) {
@@ -122,8 +135,8 @@ INLINE Rows *SET(dots)(const Linear *t) {
 
 static long SET(prepared_bytes)(const Linear *t) { return t->M * round_up(t->K, PAD) * (SET(dots)(t) ? 2 : 4); }
 static long SET(units)(const Linear *t) { return t->M; }
-static long SET(step)(const Linear *t) { return (void)t, 32; }
-static long SET(scratch_bytes)(const Linear *t) { return 4 * t->M * 4; }
+static long SET(step)(const Linear *t) { return (void)t, 48; }
+static long SET(scratch_bytes)(const Linear *t) { return WIDEST * t->M * 4; }
 
 static TARGET void SET(prepare)(const Linear *t, long first, long last) {
   const long K = t->K, row = round_up(K, PAD);
@@ -147,17 +160,17 @@ static TARGET void SET(prepare)(const Linear *t, long first, long last) {
   }
 }
 
-static void SET(multiply)(const Linear *t, long first, long last, void *totals) {
+static void SET(multiply)(const Linear *t, long first, long last, long next, void *totals) {
   Rows *const dots = SET(dots)(t);
   if (dots) {
-    dots(t, first, last, totals);
+    dots(t, first, last, next, totals);
     return;
   }
   switch (t->weight_type) {
-    case BFLOAT16: SET(bfloat16_rows)(t, first, last, totals); break;
-    case FLOAT16: SET(float16_rows)(t, first, last, totals); break;
-    case FLOAT32: SET(float32_rows)(t, first, last, totals); break;
-    case INT8: SET(int8_rows)(t, first, last, totals); break;
+    case BFLOAT16: SET(bfloat16_rows)(t, first, last, next, totals); break;
+    case FLOAT16: SET(float16_rows)(t, first, last, next, totals); break;
+    case FLOAT32: SET(float32_rows)(t, first, last, next, totals); break;
+    case INT8: SET(int8_rows)(t, first, last, next, totals); break;
   }
 }
 
@@ -208,7 +221,7 @@ INLINE float SET(exponential)(float x) {
         const float *w = weights + r * CHUNK + row;                                                                    \
         float *s = sums + r * (D + 2);                                                                                 \
         const long rows = smaller(block, count - row);                                                                 \
-        OF_HEIGHT(smaller(GROUP, R - r), SET(NAME##_values), v, w, s, D, rows);                                        \
+        OF_HEIGHT(smaller(GROUP, R - r), GROUP, SET(NAME##_values), v, w, s, D, rows);                                        \
       }                                                                                                                \
   }
 DEFINE_VALUES(bfloat16, uint16_t, LOAD_BFLOAT16)
