@@ -34,9 +34,21 @@ def test_both_paths_choose_the_same_tokens(model: CovoAudio) -> None:
     stock = Stock(model)
     ours, generate, second = bench_decode.answers(model, stock, 12)
     assert ours.tokens == generate.tokens == second.tokens and len(ours.tokens) == 12
-    for batch in (1, 3):
-        ours, generate = bench_decode.steps(model, stock, 100, batch, 6, 1)
+    found, _ = bench_decode.steps(model, stock, [(100, 1), (150, 1), (100, 3)], 6, 2, lambda: 1e9)
+    assert [(row.context, row.batch) for row in found[::2]] == [(100, 1), (150, 1), (100, 3)]
+    for ours, generate in zip(found[::2], found[1::2]):
         assert ours.tokens == generate.tokens and len(ours.tokens) == 6
+
+
+def test_a_turn_is_compared_with_the_reading_around_it(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns of half a second a step, while memory reads at 1, 3 and 5 GB/s."""
+    monkeypatch.setattr(bench_decode, "between", lambda moments: [0.5])
+    rates = iter([1e9, 3e9, 5e9])
+    (row,), reading = bench_decode.steps(model, None, [(100, 1)], 4, 2, lambda: next(rates))
+    per_s = bench_decode.step_bytes(model, 100, 1) / 0.5
+    shares = [per_s / 2e9, per_s / 4e9]
+    assert (row.of_read_rate.low, row.of_read_rate.high) == pytest.approx((min(shares), max(shares)))
+    assert (reading.low, reading.median, reading.high) == (1e9, 3e9, 5e9)
 
 
 def test_an_id_that_tells_nothing_has_its_moment(model: CovoAudio, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,4 +117,5 @@ def test_weights_in_8_bits_are_measured_alone(
     assert (found.exit_code, report["weights"]) == (0, weights)
     assert [(row["path"], row["batch"]) for row in report["steps"]] == [("ours", 1), ("ours", 2)]
     assert [row["path"] for row in report["question"]] == ["ours", "ours, second dialogue"]
-    assert len(report["said"]) == 1 and report["said"][0].startswith("floors: ")
+    cost, floors = report["said"]
+    assert cost.startswith("context 20, batch 2: a step takes ") and floors.startswith("floors: ")

@@ -1,15 +1,16 @@
 """covo-bench decode: prefill and decoding against transformers' generate, on the same weights in one process.
 
-A step cannot be faster than reading every weight and the valid rows of the KV cache once; how fast this machine reads
-is measured in the same run, before and after, and the best counts. Long contexts are not prefilled: their rows are
-random numbers, the same for both paths. The paths take turns, after every weight has been read once. Of weights in 8
-bits there is our path alone: transformers does not multiply them.
+A step cannot be faster than reading every weight and the valid rows of the KV cache once. How fast this machine reads
+is measured before and after each turn and the turn compared with that: memory that is shared changes its rate within
+seconds. Long contexts are not prefilled: their rows are random numbers, the same for both paths. All contexts, batches
+and paths take turns, after every weight has been read once. Of weights in 8 bits there is our path alone: transformers
+does not multiply them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,8 @@ from covo_npu.tools.bench.measure import Peak, Spread, matrix_rate, read_rate, s
 from covo_npu.tools.report import machine_line, machine_report, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from covo_npu.runtime import CovoAudio
     from covo_npu.runtime.events import Reply
     from covo_npu.tools.bench.stock_decode import Stock
@@ -57,9 +60,12 @@ class Decoded:
     batch: int
     step_s: Spread
     tokens_per_s: float  # at the median, of all sequences together
-    read_per_s: float  # bytes that a step must read, by its median
+    of_read_rate: Spread  # of each turn: bytes that a step must read by its median, to the rate of reading around it
     tokens: tuple[int, ...]  # of the first sequence
     peak_bytes: int
+
+
+Turn = tuple[tuple[int, int], str]  # context and batch, path
 
 
 def step_bytes(model: CovoAudio, context: int, batch: int) -> int:
@@ -126,52 +132,75 @@ def answers(model: CovoAudio, stock: Stock | None, num_tokens: int) -> list[Answ
     return found
 
 
-def steps(model: CovoAudio, stock: Stock | None, context: int, batch: int, num_tokens: int, runs: int) -> list[Decoded]:
-    """Return how each path decodes num_tokens ids after `context` random rows in each of `batch` slots, in turns."""
+def steps(
+    model: CovoAudio,
+    stock: Stock | None,
+    rows: Sequence[tuple[int, int]],
+    num_tokens: int,
+    runs: int,
+    read: Callable[[], float],
+) -> tuple[list[Decoded], Spread]:
+    """Return how each path decodes num_tokens ids in each row of the table, and the rates of reading between the turns.
+
+    rows: context and batch: there are as many random rows in each of as many slots. read: returns the rate of reading.
+    """
     import torch
 
     from covo_npu.runtime import Sampling
     from covo_npu.runtime.decode import Decoder
     from covo_npu.runtime.networks.cache import allocate
 
+    longest, widest = (max(sizes) for sizes in zip(*rows))
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(model.config.audio_token_index, (batch, context + 1), generator=generator).to(model.device)
-    cache = allocate(model.config.llm, batch, model.max_context, model.dtype, model.device)
+    ids = torch.randint(model.config.audio_token_index, (widest, longest + 1), generator=generator).to(model.device)
+    cache = allocate(model.config.llm, widest, model.max_context, model.dtype, model.device)
     decoder = Decoder(model.networks.llm, cache, model.capture)
-    rows = tuple(rows[:, :, :context] for rows in (*decoder.cache.keys, *decoder.cache.values))
 
-    def ours() -> tuple[list[float], list[int]]:
+    def cached(context: int, batch: int) -> tuple[Tensor, ...]:
+        return tuple(rows[:batch, :, :context] for rows in (*decoder.cache.keys, *decoder.cache.values))
+
+    def ours(context: int, batch: int) -> tuple[list[float], list[int]]:
         for slot in range(batch):
-            decoder.sampler.begin(slot, ids[slot], SEED, Sampling())
-            decoder.place(slot, context, ids[slot, -1:])
+            decoder.sampler.begin(slot, ids[slot, : context + 1], SEED, Sampling())
+            decoder.place(slot, context, ids[slot, context : context + 1])
         moments, tokens = [], []
         for _ in range(num_tokens):
             tokens.append(decoder.step(batch).tokens()[0])
             moments.append(time.perf_counter())
         return moments, tokens
 
-    def generate(path: Stock) -> tuple[list[float], list[int]]:
-        clock = path.continuation(ids, rows, num_tokens)
+    def generate(path: Stock, context: int, batch: int) -> tuple[list[float], list[int]]:
+        clock = path.continuation(ids[:batch, : context + 1], cached(context, batch), num_tokens)
         return clock.moments, clock.tokens
 
     paths = {OURS: ours} | ({STOCK: partial(generate, stock)} if stock else {})
-    gaps: dict[str, list[float]] = {path: [] for path in paths}
-    tokens: dict[str, list[int]] = {}
-    peaks = dict.fromkeys(paths, 0)
+    turns = [(row, path) for row in rows for path in paths]
+    gaps: dict[Turn, list[float]] = {turn: [] for turn in turns}
+    shares: dict[Turn, list[float]] = {turn: [] for turn in turns}
+    tokens: dict[Turn, list[int]] = {}
+    peaks = dict.fromkeys(turns, 0)
     with torch.inference_mode():
         for row in rows:
-            row.normal_()
-        for _ in range(runs):
-            for path, work in paths.items():
-                with Peak(model.device) as peak:
-                    moments, tokens[path] = work()
-                gaps[path] += between(moments)
-                peaks[path] = max(peaks[path], peak.bytes)
-    read = step_bytes(model, context, batch)
-    return [
-        Decoded(path, context, batch, gap, batch / gap.median, read / gap.median, tuple(tokens[path]), peaks[path])
-        for path, gap in ((path, spread(gaps[path])) for path in paths)
-    ]
+            for tensor in cached(*row):
+                tensor.normal_()
+        rates = [read()]
+        for turn in turns * runs:
+            row, path = turn
+            click.echo(f"context {row[0]}, batch {row[1]}, {path}", err=True)
+            with Peak(model.device) as peak:
+                moments, tokens[turn] = paths[path](*row)
+            rates.append(read())
+            found = between(moments)
+            gaps[turn] += found
+            shares[turn].append(step_bytes(model, *row) / spread(found).median / spread(rates[-2:]).median)
+            peaks[turn] = max(peaks[turn], peak.bytes)
+
+    def decoded(turn: Turn) -> Decoded:
+        (context, batch), path = turn
+        gap, of_read_rate = spread(gaps[turn]), spread(shares[turn])
+        return Decoded(path, context, batch, gap, batch / gap.median, of_read_rate, tuple(tokens[turn]), peaks[turn])
+
+    return [decoded(turn) for turn in turns], spread(rates)
 
 
 def between(moments: Sequence[float]) -> list[float]:
@@ -200,7 +229,7 @@ def question_table(found: Sequence[Answered], matrix_rate: float) -> str:
     return table(columns, lines)
 
 
-def steps_table(found: Sequence[Decoded], read_rate: float) -> str:
+def steps_table(found: Sequence[Decoded]) -> str:
     """Return the table of contexts and batches."""
     lines = [
         [
@@ -209,7 +238,7 @@ def steps_table(found: Sequence[Decoded], read_rate: float) -> str:
             row.path,
             f"{row.step_s.median * 1e3:.1f} ({row.step_s.low * 1e3:.1f} .. {row.step_s.high * 1e3:.1f})",
             f"{row.tokens_per_s:.2f}",
-            f"{row.read_per_s / read_rate:.0%}",
+            f"{row.of_read_rate.median:.0%} ({row.of_read_rate.low:.0%} .. {row.of_read_rate.high:.0%})",
             f"{row.peak_bytes / 1e9:.2f}",
         ]
         for row in found
@@ -218,7 +247,9 @@ def steps_table(found: Sequence[Decoded], read_rate: float) -> str:
     return table(columns, lines)
 
 
-def verdicts(question: Sequence[Answered], found: Sequence[Decoded], rates: dict[str, float]) -> list[str]:
+def verdicts(
+    question: Sequence[Answered], found: Sequence[Decoded], matrix_rate: float | None, read_rate: Spread
+) -> list[str]:
     """Return sentences that compare the paths with each other and with what the machine can do."""
     said = []
     first = {row.path: row for row in question}
@@ -239,11 +270,16 @@ def verdicts(question: Sequence[Answered], found: Sequence[Decoded], rates: dict
             f"{mine.tokens_per_s / theirs.tokens_per_s:.2f} times generate's tokens/s, the first "
             f"{common_prefix(mine.tokens, theirs.tokens)} of {len(mine.tokens)} tokens the same"
         )
-    matrix = f"matrix product {rates['matrix'] / 1e9:.0f} GFLOP/s, " if question else ""
-    said.append(
-        f"floors: {matrix}reading {rates['read'] / 1e9:.1f} GB/s "
-        f"(before {rates['read before'] / 1e9:.1f}, after {rates['read after'] / 1e9:.1f})"
-    )
+    first_row, *others = [row for row in found if row.path == OURS]
+    for row in others:
+        if row.context == first_row.context:
+            cost = row.step_s.median / first_row.step_s.median
+            said.append(
+                f"context {row.context}, batch {row.batch}: a step takes {cost:.2f} of batch {first_row.batch}'s"
+            )
+    matrix = f"matrix product {matrix_rate / 1e9:.0f} GFLOP/s, " if matrix_rate else ""
+    reading = f"{read_rate.median / 1e9:.1f} GB/s ({read_rate.low / 1e9:.1f} .. {read_rate.high / 1e9:.1f})"
+    said.append(f"floors: {matrix}reading {reading}")
     return said
 
 
@@ -289,18 +325,14 @@ def command(
     stock = None if model.manifest.int8 else Stock(model)
     layers = list(model.networks.llm.layers)[: READ_LAYERS[model.device.type]]
     weights = [layer.gate_up_proj.weight for layer in layers]
-    rates, answered = {"read before": read_rate(weights)}, list[Answered]()
+    matrix, answered = None, list[Answered]()
     if question:
-        rates["matrix"] = matrix_rate(model.dtype, model.device)
+        before = matrix_rate(model.dtype, model.device)
         answered = answers(model, stock, max_new_tokens)
-        rates["matrix"] = max(rates["matrix"], matrix_rate(model.dtype, model.device))
-    found: list[Decoded] = []
-    for context, batch in [(c, batches[0]) for c in contexts] + [(contexts[0], b) for b in batches[1:]]:
-        click.echo(f"context {context}, batch {batch}", err=True)
-        found += steps(model, stock, context, batch, num_steps, runs)
-    rates["read after"] = read_rate(weights)
-    rates["read"] = max(rates["read before"], rates["read after"])
-    said, machine = verdicts(answered, found, rates), machine_report(str(model.device))
+        matrix = max(before, matrix_rate(model.dtype, model.device))
+    rows = [(c, batches[0]) for c in contexts] + [(contexts[0], b) for b in batches[1:]]
+    found, reading = steps(model, stock, rows, num_steps, runs, partial(read_rate, weights, 1))
+    said, machine = verdicts(answered, found, matrix, reading), machine_report(str(model.device))
     if model.capture:
         graphs = model.capture.report
         said.append(f"{graphs.graphs} graphs captured in {graphs.seconds:.2f} s, {graphs.bytes / 1e6:.0f} MB")
@@ -310,13 +342,13 @@ def command(
         "dtype": model.report.dtype,
         "weights": model.report.weights,
         "backend": model.report.backend,
-        "floors_per_s": rates,
+        "floors_per_s": {"matrix": matrix, "read": asdict(reading)},
         "question": [asdict(row) for row in answered],
         "steps": [asdict(row) for row in found],
         "said": said,
     }
-    tables = [question_table(answered, rates["matrix"]), ""] if answered else []
-    tables.append(steps_table(found, rates["read"]))
+    tables = [question_table(answered, matrix), ""] if matrix else []
+    tables.append(steps_table(found))
     console.show("\n".join([*tables, "", *said, machine_line(machine)]), report, json_file)
 
 

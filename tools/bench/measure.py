@@ -266,16 +266,16 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> f
     return rate(lambda: left @ right, 2 * size**3, device)
 
 
-def read_rate(weights: Sequence[Tensor]) -> float:
+def read_rate(weights: Sequence[Tensor], runs: int = 5) -> float:
     """Return the bytes of these tensors that their device reads a second: their extremes on a CPU, else a copy."""
     import torch
 
     size, device = sum(weight.nbytes for weight in weights), weights[0].device
     if device.type == "cpu":
         numbers = [weight.view(torch.int32) for weight in weights]
-        return rate(lambda: [x.amax() for x in numbers], size, device)
+        return rate(lambda: [x.amax() for x in numbers], size, device, runs)
     targets = [torch.empty_like(weight) for weight in weights]
-    return rate(lambda: [target.copy_(weight) for target, weight in zip(targets, weights)], 2 * size, device)
+    return rate(lambda: [target.copy_(weight) for target, weight in zip(targets, weights)], 2 * size, device, runs)
 
 
 def accelerator(device: torch.device) -> Any:
@@ -297,6 +297,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def rate(work: Callable[[], object], amount: int, device: torch.device) -> float:
-    """Return the best of five rates at which a piece of work does an amount."""
-    return best(lambda: amount / seconds(work, device), 5)
+def rate(work: Callable[[], object], amount: int, device: torch.device, runs: int = 5) -> float:
+    """Return the best of some rates at which a piece of work does an amount."""
+    return best(lambda: amount / seconds(work, device), runs)
