@@ -59,6 +59,14 @@ def test_an_id_that_tells_nothing_has_its_moment(model: CovoAudio, monkeypatch: 
     assert moments == [len(row.tokens) for row in found] and all(row.ttft_s > 0 for row in found)
 
 
+def test_a_reply_of_one_id_has_no_rate(model: CovoAudio) -> None:
+    ours, generate, _ = found = bench_decode.answers(model, Stock(model), 1)
+    rows, reading = bench_decode.steps(model, None, [(100, 1)], 3, 1, lambda: 1e9)
+    assert ours.step_s is None and ours.tokens == generate.tokens and len(ours.tokens) == 1
+    assert "| -        |" in bench_decode.question_table(found, 1e12)
+    assert not any("tokens/s of the reply" in said for said in bench_decode.verdicts(found, rows, 1e12, reading))
+
+
 def test_the_bytes_of_a_step(model: CovoAudio) -> None:
     config = model.config.llm
     weights = sum(p.nbytes for p in model.networks.llm.parameters()) - config.vocab_size * config.hidden_size * 4

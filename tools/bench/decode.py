@@ -46,7 +46,7 @@ class Answered:
     prompt_tokens: int
     ttft_s: float  # from samples to the first id: front end, encoder, adapter, prefill
     operations_per_s: float  # those of encoder and prefill, by ttft_s
-    step_s: float  # median
+    step_s: float | None  # median; None of a reply that its end-of-text id ended at once
     tokens: tuple[int, ...]
     peak_bytes: int
 
@@ -97,7 +97,8 @@ def answers(model: CovoAudio, stock: Stock | None, num_tokens: int) -> list[Answ
         path: str, prompt_tokens: int, known: int, moments: Sequence[float], tokens: Sequence[int], peak: Peak
     ) -> None:
         """known: tokens whose rows were there before; moments: of the start, then of each id."""
-        ttft_s, step_s = moments[1] - moments[0], spread(between(moments[1:])).median
+        ttft_s, gaps = moments[1] - moments[0], between(moments[1:])
+        step_s = spread(gaps).median if gaps else None
         operations_per_s = prefill_operations(model.config, prompt_tokens, known=known) / ttft_s
         found.append(Answered(path, prompt_tokens, ttft_s, operations_per_s, step_s, tuple(tokens), peak.bytes))
 
@@ -204,9 +205,9 @@ def steps(
 
 
 def between(moments: Sequence[float]) -> list[float]:
-    """Return the times between ids but the first, which is a warm-up."""
+    """Return the times between ids but the first, which is a warm-up; of two ids that one, of one id none."""
     gaps = [later - earlier for earlier, later in pairwise(moments)]
-    return gaps[1:] or gaps or [float("nan")]
+    return gaps[1:] or gaps
 
 
 # --- what is shown
@@ -220,7 +221,7 @@ def question_table(found: Sequence[Answered], matrix_rate: float) -> str:
             str(row.prompt_tokens),
             f"{row.ttft_s:.2f}",
             f"{row.operations_per_s / matrix_rate:.0%}",
-            f"{1 / row.step_s:.2f}",
+            f"{1 / row.step_s:.2f}" if row.step_s else "-",
             f"{row.peak_bytes / 1e9:.2f}",
         ]
         for row in found
@@ -259,9 +260,10 @@ def verdicts(
         said += [
             f"first token in {ours.ttft_s / stock.ttft_s:.2f} of generate's time, "
             f"{later.ttft_s / stock.ttft_s:.2f} in a second dialogue",
-            f"tokens/s {stock.step_s / ours.step_s:.2f} of generate's; "
-            f"the first {same} of {min(len(ours.tokens), len(stock.tokens))} tokens are the same",
+            f"the first {same} of {min(len(ours.tokens), len(stock.tokens))} tokens of the reply are the same",
         ]
+        if ours.step_s and stock.step_s:
+            said.append(f"tokens/s of the reply {stock.step_s / ours.step_s:.2f} of generate's")
     for mine, theirs in pairwise(found):
         if theirs.path != STOCK:
             continue
