@@ -1,7 +1,7 @@
 /* Tests of kernels/cpu in C alone, for processors that are emulated: every instruction set that the machine executes,
  * on odd sizes, unaligned starts, tiny and huge rows, zeros and subnormals, against sums in double.
  *
- * Prints a line for each set: "neon: 55 products, 9 attentions, 5 activations, 6 convolutions, 27 norms, rotations and gates" or
+ * Prints a line for each set: "neon: 65 products, 9 attentions, 5 activations, 6 convolutions, 27 norms, rotations and gates" or
  * "neon_bf16: not executed here".
  * Exit code 1 if a result is beyond its bound, or if a deliberate mistake stays within it.
  */
@@ -70,7 +70,7 @@ static int product(int i, int x_type, int weight_type, long M, long N, long K) {
       worst = fmax(worst, fabs(found - exact) / bound);
       if (fabs(last * factor) > 0) least_mistake = fmax(least_mistake, fabs(found - exact + last * factor) / bound);
     }
-  if (worst > 1 || served < i || (M > 1 && K < 2000 && least_mistake <= 1)) {
+  if (worst > 1 || served < i || (M > 1 && N > 1 && K < 2000 && least_mistake <= 1)) {
     printf("%s, served by %s: x %s, weights %s, %ld x %ld x %ld: %.3g of the bound, without the last column %.3g\n",
            covo_set_name(i), covo_set_name(served), TYPES[x_type], TYPES[weight_type], M, N, K, worst, least_mistake);
     faults++;
@@ -266,8 +266,9 @@ static int layer(int i, int type, long rows, long half) {
 }
 
 int main(void) {
-  static const long SIZES[][3] = {{1, 5, 7},   {1, 64, 64}, {2, 33, 100}, {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},
-                                  {11, 40, 333}, {16, 64, 96}, {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
+  static const long SIZES[][3] = {{1, 5, 7},     {1, 64, 64},  {2, 33, 100},  {3, 62, 130}, {4, 54, 700},
+                                  {5, 65, 1000}, {8, 9, 5001}, {10, 31, 64},  {11, 40, 333}, {16, 64, 96},
+                                  {33, 70, 520}, {70, 40, 130}, {2, 1, 31}};
   static const int PAIRS[][2] = {{BFLOAT16, BFLOAT16}, {FLOAT16, FLOAT16}, {BFLOAT16, INT8}, {FLOAT16, INT8},
                                  {FLOAT32, INT8}};
   for (int i = 0; covo_set_name(i); i++) {

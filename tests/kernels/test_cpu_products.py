@@ -25,8 +25,9 @@ TYPES = (
 )
 # M, N, K: one column, odd sizes, less and more than a vector, a tile, a block of rows, of columns, of a cache
 SIZES = (
-    (1, 1, 1), (1, 5, 7), (2, 33, 100), (3, 260, 3584), (5, 65, 1000), (8, 17, 18944), (10, 31, 64), (11, 96, 333),
-    (16, 64, 96), (33, 300, 520), (60, 64, 9312), (70, 300, 777), (800, 40, 64),
+    (1, 1, 1), (1, 5, 7), (2, 33, 100), (3, 62, 130), (3, 260, 3584), (4, 54, 700), (5, 65, 1000),
+    (8, 17, 18944), (10, 31, 64), (11, 96, 333), (16, 64, 96), (33, 300, 520), (60, 64, 9312), (70, 300, 777),
+    (800, 40, 64),
 )  # fmt: skip
 
 
@@ -59,11 +60,14 @@ def test_each_set_serves_bfloat16_itself(best: str) -> None:
 def test_bits_depend_neither_on_threads_nor_on_other_rows(
     best: str, x_type: torch.dtype, weight_type: torch.dtype
 ) -> None:
-    product = Product(x_type, weight_type, 8, 333, 1111)
+    """Rows of the weights are read eight, six and four side by side, as those of x allow; here are all their rests."""
+    product = Product(x_type, weight_type, 8, 343, 1111)
     whole, _ = compute(product, best)
-    for row in range(8):
-        one = library.linear(best, product.x[row : row + 1], product.weight, product.scale, product.bias)
-        assert torch.equal(one[0], whole[row])
+    for first in range(8):
+        for count in range(1, 9 - first):
+            rows = slice(first, first + count)
+            part = library.linear(best, product.x[rows], product.weight, product.scale, product.bias)
+            assert torch.equal(part, whole[rows])
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         assert torch.equal(compute(product, best)[0], whole)
