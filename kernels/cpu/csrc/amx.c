@@ -62,11 +62,11 @@ INLINE float *digit_units(const Linear *t) {
 }
 
 static long amx_units(const Linear *t) { return tiles_of_x(t); }
-static long amx_step(const Linear *t) { return t->M > PAIR ? BLOCK_N : 64; }
+static long amx_step(const Linear *t, int threads) { return (void)threads, t->M > PAIR ? BLOCK_N : 64; }
 
 /* Of the sums of a block, and of 32 rows of weights that are not read where they lie. */
 static long amx_scratch_bytes(const Linear *t) {
-  return amx_step(t) * smaller(round_up(t->M, 32), BLOCK_M) * 4 + 32 * BLOCK_K * 2;
+  return amx_step(t, 1) * smaller(round_up(t->M, 32), BLOCK_M) * 4 + 32 * BLOCK_K * 2;
 }
 
 /* The mask of what is left from k on of a row of K elements, of at most 32. */

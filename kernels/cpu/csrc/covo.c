@@ -113,7 +113,7 @@ EXPORT int covo_linear(int i, int threads, const void *x, int x_type, const void
   p.linear.prepared = memory;
   p.scratch = memory + prepared;
   p.units = p.set->units(&p.linear);
-  p.step = p.set->step(&p.linear);
+  p.step = p.set->step(&p.linear, threads);
   covo_parallel(prepare, &p, M * K < 65536 ? 1 : threads);
   covo_parallel(multiply, &p, (int)smaller(threads, (N + p.step - 1) / p.step));
   free(memory);
@@ -153,7 +153,7 @@ static void attend(void *job) {
     product.weight = (const char *)t->keys + at;
     product.N = count;
     p->products->prepare(&product, 0, p->products->units(&product));
-    for (long n = 0, step = p->products->step(&product); n < count; n += step)
+    for (long n = 0, step = p->products->step(&product, 1); n < count; n += step)
       p->products->multiply(&product, n, smaller(n + step, count), smaller(n + step, count), scratch);
     p->set->weigh(t, values, count, scores, t->partial + piece * R * (t->D + 2));
   }

@@ -152,7 +152,7 @@ typedef struct {
   long (*prepared_bytes)(const Linear *);      /* of x in the form that the set reads */
   void (*prepare)(const Linear *, long, long); /* write that form of units [first, last) */
   long (*units)(const Linear *);               /* how many units that is */
-  long (*step)(const Linear *);                /* rows of the weights that are multiplied at once */
+  long (*step)(const Linear *, int threads);   /* rows of the weights that a thread takes at once */
   long (*scratch_bytes)(const Linear *);       /* of a thread */
   /* rows [first, last) of the weights; the thread goes on with row `next` */
   void (*multiply)(const Linear *, long first, long last, long next, void *scratch);

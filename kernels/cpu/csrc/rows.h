@@ -135,7 +135,13 @@ INLINE Rows *SET(dots)(const Linear *t) {
 
 static long SET(prepared_bytes)(const Linear *t) { return t->M * round_up(t->K, PAD) * (SET(dots)(t) ? 2 : 4); }
 static long SET(units)(const Linear *t) { return t->M; }
-static long SET(step)(const Linear *t) { return (void)t, 48; }
+
+/* Up to 48 rows; fewer where all threads have equally many of them then. */
+static long SET(step)(const Linear *t, int threads) {
+  const long turns = (t->N + 48L * threads - 1) / (48L * threads);
+  return round_up((t->N + turns * threads - 1) / (turns * threads), 4);
+}
+
 static long SET(scratch_bytes)(const Linear *t) { return WIDEST * t->M * 4; }
 
 static TARGET void SET(prepare)(const Linear *t, long first, long last) {
