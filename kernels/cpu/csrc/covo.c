@@ -88,13 +88,17 @@ static void prepare(void *job) {
     p->set->prepare(&p->linear, unit, unit + 1);
 }
 
+static long take_step(Product *p) { return __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED); }
+
 static void multiply(void *job) {
   Product *p = job;
+  const long N = p->linear.N;
   char *scratch = p->scratch + p->scratch_bytes * __atomic_fetch_add(&p->next_scratch, 1, __ATOMIC_RELAXED);
-  long row = __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED), next;
-  for (; row < p->linear.N; row = next) {
-    next = __atomic_fetch_add(&p->next_row, p->step, __ATOMIC_RELAXED);
-    p->set->multiply(&p->linear, row, smaller(row + p->step, p->linear.N), smaller(next, p->linear.N), scratch);
+  long row = take_step(p), next = N;
+  while (row < N) {
+    if (p->set->asks_ahead) next = take_step(p);
+    p->set->multiply(&p->linear, row, smaller(row + p->step, N), smaller(next, N), scratch);
+    row = p->set->asks_ahead ? next : take_step(p);
   }
 }
 

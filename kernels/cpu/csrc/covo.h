@@ -154,7 +154,8 @@ typedef struct {
   long (*units)(const Linear *);               /* how many units that is */
   long (*step)(const Linear *, int threads);   /* rows of the weights that a thread takes at once */
   long (*scratch_bytes)(const Linear *);       /* of a thread */
-  /* rows [first, last) of the weights; the thread goes on with row `next` */
+  int asks_ahead; /* whether multiply() asks for rows that follow the last one: threads take those early then */
+  /* rows [first, last) of the weights; the thread goes on with row `next`, if the set asks ahead */
   void (*multiply)(const Linear *, long first, long last, long next, void *scratch);
   /* The weighted values of `count` rows of a cache, and of what they are relative to, into sums[H / G, D + 2].
    * scores[H / G, CHUNK]: products of queries and keys, overwritten. */

@@ -265,6 +265,6 @@ static TARGET void SET(weigh)(const Attention *t, const void *values, long count
 #define SET_OF_VECTORS(NAME, ATTENDS)                                                                                  \
   {.name = NAME, .here = SET(here), .serves = SET(serves), .prepared_bytes = SET(prepared_bytes),                      \
    .prepare = SET(prepare), .units = SET(units), .step = SET(step), .scratch_bytes = SET(scratch_bytes),               \
-   .multiply = SET(multiply), .weigh = SET(weigh), .attends = ATTENDS, .snake = SET(snake),                               \
+   .asks_ahead = 1, .multiply = SET(multiply), .weigh = SET(weigh), .attends = ATTENDS, .snake = SET(snake),          \
    .winograd_signal = SET(winograd_signal), .winograd_results = SET(winograd_results), .norm = SET(norm),              \
    .rotary = SET(rotary), .gate = SET(gate)}
