@@ -227,7 +227,7 @@ INLINE float SET(exponential)(float x) {
         const float *w = weights + r * CHUNK + row;                                                                    \
         float *s = sums + r * (D + 2);                                                                                 \
         const long rows = smaller(block, count - row);                                                                 \
-        OF_HEIGHT(smaller(GROUP, R - r), GROUP, SET(NAME##_values), v, w, s, D, rows);                                        \
+        OF_HEIGHT(smaller(GROUP, R - r), GROUP, SET(NAME##_values), v, w, s, D, rows);                                 \
       }                                                                                                                \
   }
 DEFINE_VALUES(bfloat16, uint16_t, LOAD_BFLOAT16)
