@@ -1,4 +1,5 @@
-# The two commands of the README are `make demo` and `make test`. Everything goes into .venv, demo/ and build/.
+# The two commands of the README are `make demo` and `make test`. Everything goes into .venv, demo/ and build/,
+# but for the C library, kernels/cpu/libcovo.so, and .venv-npu of `make test-npu`; `make clean` removes all of it.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -112,5 +113,5 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	@rm -rf build demo dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
+	@rm -rf build demo dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage $(VENV) .venv-npu
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -59,7 +59,7 @@ def command(
     Every tensor is checked before anything is written. DST appears only when it is complete.
 
     \b
-    covo-convert --src Covo-Audio-Chat --dst npu_ckpt
+    covo-convert --src Covo-Audio-Chat --dst npu_ckpt --voice Covo-Audio/token2wav/prompt
     """
     start = time.perf_counter()
     _check_places(src, dst, force, dry_run)

@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     multiple=True,
     envvar="COVO_API_KEY",
     metavar="KEY",
-    help="What clients have to send as bearer token; may be given several times, or as COVO_API_KEY.",
+    help="What clients have to send as bearer token; may be given several times, or as COVO_API_KEY, where blanks "
+    "separate them.",
 )
 @click.option(
     "--insecure",

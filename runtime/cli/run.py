@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 @click.option(
     "--stream/--no-stream", default=None,
     help="Speak while the reply is generated: the WAV file grows and can be played at any moment. Default: on a "
-    "terminal and with --output -. Otherwise speech is made of the whole reply, which sounds a little different.",
+    "terminal, unless --quiet, and with --output -. Otherwise speech is made of the whole reply, which sounds a little "
+    "different.",
 )  # fmt: skip
 @cutting()
 @click.option(

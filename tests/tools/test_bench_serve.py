@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -178,3 +179,23 @@ def test_bench(convert_tiny: Callable[[str], Path], tmp_path: Path) -> None:
 def test_what_cannot_be_measured(arguments: tuple[str, ...], code: int, message: str) -> None:
     done = subprocess.run([COVO_BENCH, "serve", *arguments], capture_output=True, text=True)
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_of_several_keys_the_first_one_is_sent() -> None:
+    """As covo-serve splits them."""
+    sent: list[str | None] = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent.append(self.headers["authorization"])
+            self.send_error(401)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        command = [COVO_BENCH, "serve", "--url", f"http://127.0.0.1:{server.server_port}"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "COVO_API_KEY": "first second"}
+        )
+        thread.join()
+    assert (done.returncode, sent) == (1, ["Bearer first"]) and "status 401" in done.stderr

@@ -70,6 +70,13 @@ def test_bench_of_streams(convert_tiny: Callable[[str], Path], tmp_path: Path) -
     assert "| 3 s of prompt and past | " in done.stdout
 
 
+def test_streams_are_measured_as_they_would_run(convert_tiny: Callable[[str], Path]) -> None:
+    """--graph counts with --stream, too."""
+    command = [Path(sys.executable).with_name("covo-bench"), "token2wav", "--ckpt", convert_tiny("float32"), "--stream"]
+    done = subprocess.run([*command, "--device", "cpu", "--graph", "on"], capture_output=True, text=True)
+    assert done.returncode == 1 and "device cpu has no graphs to capture" in done.stderr
+
+
 @pytest.mark.parametrize("blocks", [WHOLE, SpeechBlocks(), SpeechBlocks((7,), look_ahead=2, past_s=0.5)])
 def test_the_cost_of_a_stream_counts_every_evaluation(blocks: SpeechBlocks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by 1 s an evaluation and by 1000 s a piece of the vocoder."""

@@ -192,7 +192,10 @@ def verdicts(rows: Sequence[tuple[Row, Row]], found: Sequence[Row]) -> list[str]
 @click.command("serve")
 @options.ckpt(required=False)
 @click.option("--url", help="Measure this server, http://HOST:PORT, instead of starting one.")
-@click.option("--api-key", default="none", envvar="COVO_API_KEY", metavar="KEY", help="For --url.")
+@click.option(
+    "--api-key", "api_keys", multiple=True, default=("none",), envvar="COVO_API_KEY", metavar="KEY",
+    help="For --url: of several, as COVO_API_KEY may have for covo-serve, the first one is sent.",
+)  # fmt: skip
 @click.option(
     "--dialogues", multiple=True, type=click.IntRange(1), default=(1, 2, 4, 8), show_default=True,
     help="Closed loop: so many at a time. May be given several times.",
@@ -211,7 +214,7 @@ def verdicts(rows: Sequence[tuple[Row, Row]], found: Sequence[Row]) -> list[str]
 def command(
     ckpt: Path | None,
     url: str | None,
-    api_key: str,
+    api_keys: tuple[str, ...],
     dialogues: tuple[int, ...],
     rates: tuple[float, ...],
     questions: int,
@@ -246,7 +249,7 @@ def command(
         heard: dict[str, list[Heard]] = {}
 
         def listen(number: int) -> Heard:
-            return ask(address, question(sound, max_new_tokens, number), api_key)
+            return ask(address, question(sound, max_new_tokens, number), api_keys[0])
 
         if not (first := listen(0)).ok:
             raise MeasurementError(f"{address}: a first question was answered with status {first.status or 'none'}")

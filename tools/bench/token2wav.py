@@ -260,7 +260,7 @@ def command(
         counted = networks.flow.evaluations if whole else evaluations // 2 * 2
         if stream:
             dtype = fast_dtype(device)
-            networks = recast(networks, kernels, SpeechDtypes(dtype))
+            networks = recast(networks, kernels, SpeechDtypes(dtype), device_capture(options.graph, device))
             plans = {name: PLANS[name] for name in plan or PLANS}
             times = [row for count in codes for row in measured_plans(networks, voice, plans, count, counted, runs)]
             said = [
