@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,6 +42,8 @@ class Access:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             elif message["type"] == "websocket.accept":
                 status = 101
+            elif message["type"] == "websocket.close" and status == GONE:
+                status = 403  # what a server makes of it before it has accepted
             await send(message)
 
         token = REQUEST_ID.set(request_id)
@@ -55,7 +58,7 @@ class Access:
             REQUEST_ID.reset(token)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"]
+        path = get_route_path(scope)
         self._metrics.http.labels(path if path in self._paths else "other", str(status)).inc()
         if path in QUIET and status < 400:
             return

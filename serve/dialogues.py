@@ -91,12 +91,15 @@ class Dialogues:
                     self._turns[name] = others
 
     def trim(self) -> None:
-        """Forget what is too old, and the longest unused until the rest fits. A question under way is not touched."""
+        """Forget what is too old, and the longest unused that take memory until the rest fits.
+
+        A dialogue with a question under way is not touched.
+        """
         bytes_ = self.bytes
         for dialogue, held in list(self._held.items()):
             old = self._clock() - held.used > self._keep_s
             if not (old or bytes_ > self._limit_bytes):
                 return
-            if dialogue.ticket is None:
+            if dialogue.ticket is None and (old or dialogue.length):
                 bytes_ -= dialogue.length * self._engine.row_bytes
                 self.forget(dialogue)

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -101,7 +102,7 @@ class Gate:
         if origin is not None and not self._is_allowed(origin, host):
             message = f"pages of {origin!r} may not use this server; start it with --allow-origin to let them"
             raise ApiError(403, message, "origin_not_allowed")
-        if scope["path"].startswith(KEYED):
+        if get_route_path(scope).startswith(KEYED):  # without the prefix under which Ray may have mounted this
             self._authenticate(scope, headers)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
@@ -109,7 +110,7 @@ class Gate:
 
     def _authenticate(self, scope: Scope, headers: Headers) -> None:
         given = _given(scope, headers)
-        if scope["path"] == REALTIME and given is not None:
+        if get_route_path(scope) == REALTIME and given is not None:
             session = self._secrets.session(given)
             if session is not None:
                 scope["covo.session"] = session
@@ -161,10 +162,10 @@ def _digest(key: bytes) -> bytes:
 
 
 def _is_loopback(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or "" if "@" not in host else ""
     try:
+        name = urlsplit(f"//{host}").hostname or "" if "@" not in host else ""
         return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
-    except ValueError:
+    except ValueError:  # a bracket that is none of an address, or a name that is no address
         return False
 
 

@@ -266,7 +266,10 @@ class Worker:
         """End the reply of a stream where it is; see ReplyStream.interrupt."""
         self._forget_stream(stream, "interrupted")
         if keep:
-            return self.engine.interrupt(stream.ticket) or stream.complete
+            kept = self.engine.interrupt(stream.ticket) or stream.complete
+            if kept and stream.dialogue in self.dialogues:
+                self.dialogues.hold(stream.dialogue)
+            return kept
         self.engine.cancel(stream.ticket)
         if stream.complete:  # told to nobody yet
             self.engine.rewind(stream.dialogue, stream.before)

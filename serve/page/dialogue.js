@@ -29,6 +29,7 @@ export class Dialogue {
     this.position = 0; // samples sent
     this.endedAt = 0; // when the last question ended
     this.asking = false; // a question was sent and no reply has begun
+    this.givenUp = false; // it was, and the reply that may have begun is not wanted
     this.silencing = null; // the promise of the last interruption
     this.reply = null; // the one that is generated or played
     this.ignored = new Set(); // ids of events whose errors tell nothing: what they ask may have happened by itself
@@ -129,6 +130,7 @@ export class Dialogue {
     this.begun = true;
     this.endedAt = performance.now();
     this.asking = true;
+    this.givenUp = false;
     this.on.asked({ samples });
     this.on.changed();
   }
@@ -139,6 +141,7 @@ export class Dialogue {
     if (connection && (this.asking || (reply && !reply.done))) {
       const response = reply && !reply.done ? { response_id: reply.response } : {};
       this.ignored.add(connection.send("response.cancel", response));
+      this.givenUp = this.asking; // what the server had begun to answer before it knew
       this.asking = false;
     }
     this.silencing = this.silence();
@@ -219,6 +222,13 @@ export class Dialogue {
       this.askedNow(samples);
     },
 
+    "input_audio_buffer.cleared": () => {
+      if (this.heard === null) return;
+      this.heard = null; // the turn that was going on is none
+      this.dropFrames(this.position);
+      this.on.changed();
+    },
+
     "response.created": ({ response }) => {
       this.asking = false;
       this.reply = {
@@ -234,7 +244,7 @@ export class Dialogue {
         gaps: 0,
         started: false,
         playing: false,
-        muted: false,
+        muted: this.givenUp,
         done: false,
         status: "in_progress",
         message: "",

@@ -78,6 +78,7 @@ class Session:
         self._hearing = Hearing(settings.input_format, settings.turn_detection, service.max_seconds)
         self._turn: tuple[str, int] | None = None  # item and begin of the turn that is going on
         self._response: Response | None = None
+        self._opened = self._settings.instructions  # of the response that opened the dialogue
         self._ends_at = time.monotonic() + service.settings.session_s
         self._expires_at = int(time.time() + service.settings.session_s)
         self._receiving: asyncio.Future[Any] | None = None  # the next message
@@ -189,17 +190,19 @@ class Session:
     async def _update(self, event: Event) -> None:
         before, changed = self._settings, updated(self._settings, event.get("session"), self._service, "session")
         self._require_same_prompt(changed, "session.instructions")
-        if changed.input_format != before.input_format:
-            self._hearing.change(changed.input_format, changed.turn_detection)
+        old, new = before.input_format, changed.input_format
+        if (new.type, new.sample_rate) != (old.type, old.sample_rate):
+            self._hearing.change(new, changed.turn_detection)
         elif changed.turn_detection != before.turn_detection:
+            if self._turn:  # what was heard of it belongs to no turn now
+                await self._clear(event)
             self._hearing.listen(changed.turn_detection)
-            self._turn = None
         self._settings = changed
         await self._send("session.updated", session=self._echo())
 
     def _require_same_prompt(self, changed: SessionSettings, param: str) -> None:
         begun = self._active or self._conversation.dialogue.rounds > 0
-        if begun and changed.instructions != self._settings.instructions:
+        if begun and changed.instructions not in (self._settings.instructions, self._opened):
             raise unsupported(param, "the prompt opens a dialogue and stays as it is: begin a new session for another")
 
     # --- what is heard
@@ -210,10 +213,13 @@ class Session:
         if detection := self._settings.turn_detection:
             self._service.metrics.vad_s.observe(time.perf_counter() - started)
             for turn in turns:
-                if isinstance(turn, SpeechStarted):
-                    await self._speech_started(turn.at_ms, detection.interrupt_response)
-                else:
-                    await self._speech_stopped(turn.at_ms, detection.create_response)
+                try:
+                    if isinstance(turn, SpeechStarted):
+                        await self._speech_started(turn.at_ms, detection.interrupt_response)
+                    else:
+                        await self._speech_stopped(turn.at_ms, detection.create_response)
+                except ApiError as error:  # of one turn: the others are told all the same
+                    await self._error(error, event.get("event_id"))
             self._hearing.trim()
 
     async def _speech_started(self, at_ms: int, interrupt: bool) -> None:
@@ -259,7 +265,7 @@ class Session:
         item_id, after = said.get("id") or new_id("item"), event.get("previous_item_id")
         if not isinstance(item_id, str) or len(item_id) > MAX_ID or item_id in self._conversation:
             raise invalid("item.id", f"expected an id of its own of at most {MAX_ID} characters")
-        if after is not None and after != self._conversation.last_id:
+        if after not in (None, self._conversation.last_id or "root"):
             raise unsupported("previous_item_id", "items can only be added at the end")
         parts = said.get("content")
         if not isinstance(parts, list) or not parts:
@@ -324,6 +330,8 @@ class Session:
             await self._error(error, event_id)
 
         self._response = Response(self._service, self._conversation, settings, self._send, refused)
+        if not self._conversation.dialogue.rounds:
+            self._opened = settings.instructions
 
     async def _cancel_response(self, event: Event) -> None:
         wanted, response = event.get("response_id"), self._response

@@ -67,12 +67,22 @@ class Hearing:
         self.listen(detection)
 
     def append(self, data: bytes) -> list[SpeechStarted | SpeechStopped]:
-        """Take more audio; return the turns that begin and end with it. Raises ApiError, and takes none of it then."""
+        """Take more audio; return the turns that begin and end with it. Raises ApiError, and takes none of it then.
+
+        A turn that fills the buffer ends there.
+        """
         try:
             samples = pcm16(data) if self.form.type == PCM else g711(data, self.form.type.removeprefix("audio/"))
         except ValueError:
             raise invalid("audio", f"{len(data)} bytes are no whole number of 16-bit samples") from None
-        if self._size + samples.size > self._max_seconds * self.form.sample_rate:
+        if not samples.size:
+            return []
+        turns: list[SpeechStarted | SpeechStopped] = []
+        most = round(self._max_seconds * self.form.sample_rate)
+        if self.speaking and self._size + samples.size > most >= samples.size:
+            turns.append(SpeechStopped(round(self.end_ms)))
+            self._forget_turn()
+        elif self._size + samples.size > most:
             message = f"the input buffer holds {self._max_seconds:.0f} s at most: commit it, or clear it"
             raise invalid("audio", message, "input_audio_buffer_full")
         self._pieces.append(samples)
@@ -80,7 +90,8 @@ class Hearing:
         if self._detector is None:
             return []
         begin = round(self._heard_from_ms)
-        return [type(turn)(begin + turn.at_ms) for turn in self._detector.feed(self._resampler.push(samples))]
+        heard = self._detector.feed(self._resampler.push(samples))
+        return turns + [type(turn)(begin + turn.at_ms) for turn in heard]
 
     def take(self, start_ms: float | None = None, stop_ms: float | None = None) -> Tensor:
         """Return a turn as a waveform [N] at 24 kHz, prepared; it and what is before it leave the buffer.

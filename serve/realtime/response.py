@@ -11,7 +11,7 @@ from torch import Tensor
 
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime import audio
-from covo_npu.runtime.engine import Dialogue
+from covo_npu.runtime.engine import ContextError, Dialogue
 from covo_npu.runtime.events import Audio, Done, Reply, Text
 from covo_npu.serve.dialogues import Dialogues
 from covo_npu.serve.errors import ApiError, told
@@ -118,6 +118,10 @@ class Response:
             if created:
                 raise
             await self._refused(told(error))
+            if isinstance(error, ContextError):  # it would make every later question too long as well
+                for item_id in self.asked:
+                    self._conversation.delete(item_id)
+                    await self._send("conversation.item.deleted", item_id=item_id)
         finally:
             self._accepted.set()
 
