@@ -127,3 +127,62 @@ def test_both_languages_say_the_same_things(run):
     for name, text in english.items():
         assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", chinese[name])), name
         assert text == chinese[name] or re.search("[\u4e00-\u9fff]", chinese[name]) or name == "otherLanguage", name
+
+
+# The page's dialogue with a loudspeaker and a server that do nothing by themselves: `server` tells an event.
+DIALOGUE = """const { Dialogue } = await import("/dialogue.js");
+    const { RATE, toBase64 } = await import("/sound.js");
+    const plugged = window.WebSocket;
+    let socket;
+    window.WebSocket = class {
+      constructor() { socket = this; this.sent = []; }
+      send(text) { this.sent.push(JSON.parse(text)); }
+      close() {}
+    };
+    const done = [];
+    const speaker = {
+      latency: 0,
+      start(id) { done.push("start " + id); },
+      push(samples) { done.push("push " + samples.length); },
+      end() { done.push("end"); },
+      async stop() { return { id: null, played: 0, gaps: 0 }; },
+    };
+    const on = { changed() {}, asked() {}, replying() {}, updated() {}, problem() {}, restarted() {} };
+    const settings = {
+      key: "", system: "", voice: "", voices: [], temperature: "", seed: "", silence: "500", speaks: true,
+    };
+    const dialogue = new Dialogue(speaker, settings, on);
+    dialogue.connect(given.handsFree);
+    await 0; await 0;
+    window.WebSocket = plugged;
+    socket.onopen();
+    const server = (event) => socket.onmessage({ data: JSON.stringify(event) });
+    const replies = (id) => {
+      server({ type: "response.created", response: { id } });
+      const delta = toBase64(new Int16Array(1200));
+      server({ type: "response.output_audio.delta", response_id: id, item_id: "of " + id, delta });
+    };
+    const asks = async () => { dialogue.append(new Int16Array(RATE)); await dialogue.ask(); };
+"""
+
+
+def test_a_reply_that_was_given_up_before_it_began_is_not_heard(run):
+    """The server had begun it when the cancel came; the next one is heard."""
+    script = """await asks();
+        await dialogue.interrupt();
+        replies("first");
+        server({ type: "response.done", response: { id: "first", status: "cancelled", status_details: {} } });
+        const unheard = done.length;
+        await asks();
+        replies("second");
+        return [unheard, done];"""
+    assert run(DIALOGUE + script, {"handsFree": False}) == [0, ["start of second", "push 1200"]]
+
+
+def test_a_turn_that_the_server_drops_is_none_of_the_page_either(run):
+    script = """dialogue.append(new Int16Array(RATE));
+        server({ type: "input_audio_buffer.speech_started", audio_start_ms: 500 });
+        const hearing = dialogue.heard !== null;
+        server({ type: "input_audio_buffer.cleared" });
+        return [hearing, dialogue.heard, dialogue.frames.length];"""
+    assert run(DIALOGUE + script, {"handsFree": True}) == [True, None, 0]

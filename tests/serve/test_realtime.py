@@ -18,9 +18,15 @@ from serve.harness import CHINESE, ENGLISH, MODEL, Running, b64, serving
 from serve.talk import LAST, Talk, kinds, pcm, talking, transcript
 
 from covo_npu.runtime import Ask, CovoAudio, Reply, Sampling, Session, audio, resampling
+from covo_npu.runtime.engine import Dialogue, Engine, Mark
 from covo_npu.runtime.events import Done, Event, Text
 from covo_npu.runtime.options import SpeechBlocks
+from covo_npu.serve.dialogues import Dialogues
+from covo_npu.serve.errors import ApiError
+from covo_npu.serve.realtime.hearing import Hearing
+from covo_npu.serve.realtime.session import Format, TurnDetection
 from covo_npu.serve.resample import g711
+from covo_npu.serve.vad import SpeechStopped
 
 RATE = 24_000
 SPOKEN_TURN = [
@@ -457,6 +463,41 @@ def test_items(model: CovoAudio, running: Running, english: bytes, chinese: byte
             assert talk.error()["code"] == code
 
 
+def test_the_first_item_may_be_said_to_follow_the_root(running: Running, english: bytes) -> None:
+    part = {"type": "input_audio", "audio": b64(english)}
+    with talking(running) as talk:
+        for wrong in (False, True):
+            talk.send("conversation.item.create", item=user(part), previous_item_id="root")
+            talk.error() if wrong else talk.until("conversation.item.done")
+
+
+def test_an_interrupted_round_counts_as_use(model: CovoAudio, english: bytes, slow: None) -> None:
+    with serving(model) as running, talking(running) as first, talking(running) as second:
+        held = running.service.worker.dialogues._held
+        for talk in (first, second):
+            talk.ask(english)
+        oldest = next(iter(held))
+        first.say(english)
+        first.commit()
+        first.send("response.create")
+        first.until("response.output_audio_transcript.delta")
+        first.send("response.cancel")
+        first.until(LAST)
+        assert list(held)[-1] is oldest
+
+
+def test_what_takes_no_memory_is_not_forgotten_for_it(model: CovoAudio) -> None:
+    engine, now = Engine(model), [0.0]
+    dialogues = Dialogues(engine, 100 * engine.row_bytes, 3600, lambda: now[0])
+    fresh, used = Dialogue(), [Dialogue(mark=Mark(1, 60, ())) for _ in range(2)]
+    for dialogue in (fresh, *used):
+        dialogues.hold(dialogue)
+    assert [dialogue in dialogues for dialogue in (fresh, *used)] == [True, False, True]
+    now[0] = 4000
+    dialogues.trim()
+    assert not len(dialogues)
+
+
 def test_questions_that_nobody_asks_are_bounded(running: Running) -> None:
     """Together they last no longer than the buffer: more could never be asked. What leaves makes room again."""
     piece = bytes([255]) * 8_000 * 150  # G.711
@@ -672,6 +713,16 @@ def test_instructions_that_no_context_holds_are_refused_when_they_are_said(runni
         assert talk.update()["instructions"] == "Be brief."
 
 
+def test_a_response_may_repeat_the_instructions_that_opened_its_dialogue(running: Running, english: bytes) -> None:
+    with talking(running, max_output_tokens=5) as talk:
+        for _ in range(2):
+            assert talk.ask(english, instructions="Be brief.")[-2]["response"]["status"] == "incomplete"
+        talk.say(english)
+        talk.commit()
+        talk.send("response.create", response={"instructions": "Be long."})
+        assert "stays as it is" in talk.error()["message"]
+
+
 def test_the_default_instructions_are_shown(running: Running) -> None:
     from covo_npu.runtime.prompt import DEFAULT_SYSTEM_PROMPT
 
@@ -698,6 +749,70 @@ def test_a_buffer_by_hand_is_cleared_and_bounded(model: CovoAudio, running: Runn
         talk.commit()
         talk.send("response.create")
         assert talk.error()["code"] == "context_length_exceeded"
+        talk.next("conversation.item.deleted")  # or every later question would be too long as well
+        assert talk.ask(english)[-2]["response"]["status"] == "incomplete"  # after five tokens, as they all are
+
+
+def test_a_turn_that_fills_the_buffer_ends_there(english: bytes) -> None:
+    """However long somebody, or a television, speaks: what comes then is heard, too."""
+    hearing = Hearing(Format(type="audio/pcm"), TurnDetection(type="server_vad"), 1.5)
+    found: list[tuple[str, int, int]] = []
+    for begin in range(0, 3 * len(english), 4800):
+        piece = (english * 3 + bytes(2 * RATE))[begin : begin + 4800]
+        for turn in hearing.append(piece):
+            found.append((type(turn).__name__, turn.at_ms, hearing.end_ms))
+            if isinstance(turn, SpeechStopped):
+                hearing.take(found[-2][1], turn.at_ms)
+        hearing.trim()
+    assert [name for name, *_ in found] == ["SpeechStarted", "SpeechStopped"] * (len(found) // 2) and len(found) >= 8
+    # the detector judges windows of 32 ms: a turn may begin in the one in which the last one ended
+    assert all(later[1] - earlier[1] <= 1532 for earlier, later in zip(found[::2], found[1::2]))
+    assert any(later[1] - earlier[1] > 1300 for earlier, later in zip(found[::2], found[1::2]))
+    with pytest.raises(ApiError, match="holds 2 s at most"):
+        hearing.append(bytes(4 * RATE))
+
+
+def test_empty_pieces_take_no_memory() -> None:
+    hearing = Hearing(Format(type="audio/pcm"), None, 1)
+    for _ in range(1000):
+        assert hearing.append(b"") == []
+    assert len(hearing._pieces) < 3
+
+
+def test_a_fault_of_one_turn_leaves_the_others(
+    running: Running, english: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detection = {"type": "server_vad", "create_response": False}
+    with talking(running, turn_detection=detection) as talk:
+        [session] = running.service.sessions
+        ask, full = session._conversation.ask, [ApiError(400, "full", "full")]
+
+        def once(*args: Any) -> Any:
+            if full:
+                raise full.pop()
+            return ask(*args)
+
+        monkeypatch.setattr(session._conversation, "ask", once)
+        talk.say(2 * (english + bytes(2 * RATE)), 10**7)
+        told = kinds(talk.until("conversation.item.done"))
+    turn = ["input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped"]
+    assert told == [*turn, "error", *turn, *COMMITTED]
+
+
+def test_other_settings_of_turns_drop_the_one_that_is_going_on(running: Running, english: bytes) -> None:
+    with talking(running, turn_detection={"type": "server_vad"}) as talk:
+        talk.say(bytes(RATE) + english[: len(english) // 2])
+        talk.until("input_audio_buffer.speech_started")
+        talk.send("session.update", session={"turn_detection": {"type": "server_vad", "silence_duration_ms": 900}})
+        talk.next("input_audio_buffer.cleared")
+        talk.next("session.updated")
+
+
+def test_a_format_spelled_otherwise_is_the_same(running: Running, english: bytes) -> None:
+    with talking(running) as talk:
+        talk.say(english)
+        talk.update(type="realtime", audio={"input": {"format": {"type": "audio/pcm"}}})
+        talk.commit()
 
 
 def test_silence_is_not_kept(running: Running) -> None:

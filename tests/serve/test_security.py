@@ -17,12 +17,19 @@ import openai
 import pytest
 from serve.harness import ENGLISH, MODEL, Running, serving, spoken
 from serve.talk import talking
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from covo_npu.runtime import CovoAudio
 from covo_npu.serve import protocols, security
-from covo_npu.serve.security import MAX_SECRET, Secrets
+from covo_npu.serve.security import MAX_SECRET, Gate, Secrets
+from covo_npu.serve.settings import Settings
 
 CLOSED = b"(closed)"
 Reply = tuple[int, dict[str, str], Any]
@@ -90,6 +97,22 @@ def test_a_key_is_compared_with_all_keys_whatever_is_found(keyed: Running, monke
         seen.clear()
         ask(keyed, authorization=f"Bearer {key}")
         assert len(seen) == 2 and {len(part) for pair in seen for part in pair} == {32}
+
+
+def test_keys_hold_under_a_prefix() -> None:
+    """Ray leaves the prefix of a route in the path, and says it in root_path: routes are found without it."""
+
+    async def reached(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("reached")
+
+    known = Secrets(("first key",))
+    gate = Middleware(Gate, settings=Settings(api_keys=("first key",)), known=known)
+    app = Starlette(routes=[Route("/v1/models", reached), Route("/ready", reached)], middleware=[gate])
+    for prefix in ("", "/covo", "/v1"):
+        client = TestClient(app, root_path=prefix)
+        assert client.get(f"{prefix}/ready").status_code == 200
+        assert client.get(f"{prefix}/v1/models").status_code == 401
+        assert client.get(f"{prefix}/v1/models", headers={"authorization": "Bearer first key"}).text == "reached"
 
 
 def test_what_needs_no_key(keyed: Running) -> None:
@@ -180,6 +203,7 @@ def test_a_session_too_long_for_a_header_is_refused(model: CovoAudio) -> None:
         ("127.0.0.1", True), ("localhost:8000", True), ("[::1]:9", True), ("127.8.8.8", True), ("a.localhost", True),
         ("evil.example", False), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False),
         ("10.0.0.1", False),
+        ("[", False), ("[::1", False),
         ("localhost@evil.example", False), ("evil.example@localhost", False), ("", False), ("0.0.0.0", False),
     ],
 )  # fmt: skip
@@ -305,6 +329,16 @@ def test_what_is_no_http_is_refused(running: Running, request_line: bytes) -> No
     assert status.startswith((b"HTTP/1.1 40", b"HTTP/1.1 20")) and b"x-injected" not in headers.lower()
     assert status.startswith(b"HTTP/1.1 40") == (b" b\r\n" not in request_line)  # a folded header is one value
     assert b"\r\nb" not in headers and b"a\r\n b" not in headers
+
+
+def test_a_websocket_that_is_none_is_counted_as_refused(keyed: Running) -> None:
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(url(keyed, "/nothing"))
+    end = time.monotonic() + 10  # it is counted a moment after it was answered
+    while not keyed.metric("http_requests_total", path="other", status="403") and time.monotonic() < end:
+        time.sleep(0.01)
+    assert keyed.metric("http_requests_total", path="other", status="403") == 1
+    assert not keyed.metric("http_requests_total", path="other", status="499")
 
 
 @pytest.mark.parametrize("given", ["a b", "x" * 65, "a;b", 'a"b', "é", ""])
