@@ -554,7 +554,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # case: (event, code)
                    "input_audio_buffer_commit_empty"),
     "long id": ({"type": "conversation.item.create",
                  "item": user({"type": "input_audio", "audio": SHORT}, id="x" * 65)}, "invalid_value"),
-    "inserted item": ({"type": "conversation.item.create", "previous_item_id": "root",
+    "inserted item": ({"type": "conversation.item.create", "previous_item_id": "item_elsewhere",
                        "item": user({"type": "input_audio", "audio": SHORT})}, "unsupported_value"),
     "truncate nothing": ({"type": "conversation.item.truncate", "item_id": "x", "content_index": 0, "audio_end_ms": 1},
                          "item_not_found"),
