@@ -60,6 +60,10 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen first: whoever asks whether the server is ready gets an answer while it warms up."""
+        if self.config.ssl is not None:
+            # A ticket is read while the client writes its first request. Python's blocking clients, OpenAI's realtime
+            # one among them, do both from two threads, which OpenSSL does not allow: the request was lost at times.
+            self.config.ssl.num_tickets = 0
         await super().startup(sockets)
         self._service.worker.start(self._worker_started)
         self._service.model.when_lost(self._lost)

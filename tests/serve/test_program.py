@@ -258,6 +258,13 @@ def test_tls(ckpt: Path, tmp_path: Path) -> None:
             assert json.loads(websocket.recv())["type"] == "session.created"
         with pytest.raises(ssl.SSLCertVerificationError), connect(address):
             pass
+        # No tickets of TLS 1.3: a client that reads and writes from two threads would lose its first request to them.
+        plain = socket.create_connection(("127.0.0.1", httpx2.URL(url).port))
+        with trusting.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+            secure.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert secure.recv(12) == b"HTTP/1.1 200"
+            assert secure.version() == "TLSv1.3"
+            assert not secure.session.has_ticket
 
 
 # --- its end
