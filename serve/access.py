@@ -11,6 +11,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from covo_npu.serve.errors import NO_RETRY, ApiError
 from covo_npu.serve.logs import REQUEST_ID
 from covo_npu.serve.metrics import Metrics
 
@@ -46,16 +47,17 @@ class Access:
                 status = 403  # what a server makes of it before it has accepted
             await send(message)
 
-        token = REQUEST_ID.set(request_id)
+        REQUEST_ID.set(request_id)  # for good: whoever runs this task logs its faults
         try:
             await self._app(scope, receive, watched)
         except Exception:
+            if scope["type"] == "http" and status == GONE:
+                fault = ApiError(500, "the server has a fault; its log says more", headers=NO_RETRY)
+                await fault.response()(scope, receive, watched)
             status = 500
             raise
         finally:
-            seconds = time.monotonic() - started
-            self._tell(scope, status, seconds)
-            REQUEST_ID.reset(token)
+            self._tell(scope, status, time.monotonic() - started)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         path = get_route_path(scope)

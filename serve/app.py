@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -17,14 +16,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from covo_npu.serve import openai
 from covo_npu.serve.access import Access
-from covo_npu.serve.errors import NO_RETRY, ApiError
+from covo_npu.serve.errors import ApiError
 from covo_npu.serve.realtime.connection import Realtime
 from covo_npu.serve.realtime.secrets import create_secret
 from covo_npu.serve.security import Gate
 from covo_npu.serve.service import Service
 from covo_npu.serve.worker import FAILED, READY
-
-log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
 PAGE_HEADERS = {  # the page runs what lies beside it, and nothing else; no other page may frame it
@@ -65,7 +62,7 @@ def build(service: Service) -> Starlette:
             )
         )
     middleware.append(Middleware(Gate, settings=settings, known=service.secrets))
-    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _fault}
+    handlers = {ApiError: _api_error, HTTPException: _http_error}
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
     app.state.service = service
     return app
@@ -108,15 +105,10 @@ async def nothing(request: Request) -> Response:
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return JSONResponse({"error": error.object}, error.status, error.headers)
+    return error.response()
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = f"{error.detail}: {request.method} {request.url.path}"
     code = "not_found" if error.status_code == 404 else None
     return await _api_error(request, ApiError(error.status_code, message, code, headers=error.headers))
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    """Answer for a fault of ours, which is logged by who called the application."""
-    return await _api_error(request, ApiError(500, "the server has a fault; its log says more", headers=NO_RETRY))

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.audio import AudioError
 from covo_npu.runtime.engine import ContextError
@@ -45,6 +47,10 @@ class ApiError(CovoError):
     def object(self) -> dict[str, Any]:
         """The error object itself: message, type, param and code."""
         return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+
+    def response(self) -> JSONResponse:
+        """Return the answer that says so."""
+        return JSONResponse({"error": self.object}, self.status, self.headers)
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:

@@ -27,7 +27,7 @@ def configure(form: str) -> None:
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {form: formatters[form]},
-            "filters": {"request_id": {"()": _RequestId}},
+            "filters": {"request_id": {"()": RequestId}},
             "handlers": {"stderr": handler},
             "loggers": {
                 "covo_npu.serve": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
@@ -37,7 +37,7 @@ def configure(form: str) -> None:
     )
 
 
-class _RequestId(logging.Filter):
+class RequestId(logging.Filter):
     """Notes in every record which request it belongs to."""
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from pydantic import TypeAdapter
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from covo_npu.serve.errors import ApiError, invalid
@@ -126,12 +125,10 @@ class Gate:
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or the handshake of a websocket, by an error object."""
-    response = JSONResponse({"error": error.object}, error.status, error.headers)
     if scope["type"] == "websocket":
         await receive()  # websocket.connect
-        await response(scope, receive, _as_denial(send))
-    else:
-        await response(scope, receive, send)
+        send = _as_denial(send)
+    await error.response()(scope, receive, send)
 
 
 def _as_denial(send: Send) -> Send:

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import http.client
 import json
+import logging
 import re
 import socket
 import time
@@ -28,6 +29,7 @@ from websockets.sync.client import connect
 
 from covo_npu.runtime import CovoAudio
 from covo_npu.serve import protocols, security
+from covo_npu.serve.logs import RequestId
 from covo_npu.serve.security import MAX_SECRET, Gate, Secrets
 from covo_npu.serve.settings import Settings
 
@@ -380,3 +382,28 @@ def test_nothing_of_a_dialogue_is_logged(
     logged = caplog.text + "".join(capfd.readouterr())
     for secret in ("Sesame", "my-secret-key", found.choices[0].message.content[:5], "UklGR", "\nINFO faked"):
         assert secret not in logged
+
+
+def test_faults_of_the_server_are_answered_and_logged_under_their_id(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> bytes:
+        raise RuntimeError("broken on purpose")
+
+    class Noted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            noted.append(record)
+
+    noted: list[logging.LogRecord] = []
+    handler, logger = Noted(), logging.getLogger("uvicorn.error")
+    handler.addFilter(RequestId())
+    logger.addHandler(handler)
+    monkeypatch.setattr(running.service.metrics, "text", broken)
+    try:
+        status, headers, body = ask(running, "/metrics", x_request_id="mine")
+    finally:
+        logger.removeHandler(handler)
+    assert (status, headers["x-request-id"], headers["x-should-retry"]) == (500, "mine", "false")
+    assert body["error"]["type"] == "server_error" and "on purpose" not in str(body)
+    [record] = noted
+    assert record.request_id == "mine" and "broken on purpose" in str(record.exc_info[1])
