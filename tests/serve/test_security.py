@@ -8,10 +8,12 @@ import hmac
 import http.client
 import json
 import logging
+import queue
 import re
 import socket
 import time
 from collections.abc import Iterator
+from logging.handlers import QueueHandler
 from typing import Any
 
 import openai
@@ -390,20 +392,17 @@ def test_faults_of_the_server_are_answered_and_logged_under_their_id(
     def broken() -> bytes:
         raise RuntimeError("broken on purpose")
 
-    class Noted(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            noted.append(record)
-
-    noted: list[logging.LogRecord] = []
-    handler, logger = Noted(), logging.getLogger("uvicorn.error")
+    noted: queue.Queue[logging.LogRecord] = queue.Queue()
+    handler, logger = QueueHandler(noted), logging.getLogger("uvicorn.error")
+    handler.prepare = lambda record: record  # type: ignore[method-assign]  # with the exception itself
     handler.addFilter(RequestId())
     logger.addHandler(handler)
     monkeypatch.setattr(running.service.metrics, "text", broken)
     try:
         status, headers, body = ask(running, "/metrics", x_request_id="mine")
+        record = noted.get(timeout=30)  # the answer comes first
     finally:
         logger.removeHandler(handler)
     assert (status, headers["x-request-id"], headers["x-should-retry"]) == (500, "mine", "false")
     assert body["error"]["type"] == "server_error" and "on purpose" not in str(body)
-    [record] = noted
     assert record.request_id == "mine" and "broken on purpose" in str(record.exc_info[1])
