@@ -45,7 +45,7 @@ class Part(Model):
     audio_url: Address | None = None
 
 
-Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<object>")], Discriminator(kind)]
+Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<other>")], Discriminator(kind)]
 
 
 class Message(Model):

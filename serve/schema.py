@@ -38,10 +38,10 @@ class Named(Model):
 
 def kind(value: Any) -> str:
     """Return the tag of one of two forms that a value may have."""
-    return "<text>" if isinstance(value, str) else "<object>"
+    return "<text>" if isinstance(value, str) else "<other>"
 
 
-Voice = Annotated[Annotated[str, Tag("<text>")] | Annotated[Named, Tag("<object>")], Discriminator(kind)]
+Voice = Annotated[Annotated[str, Tag("<text>")] | Annotated[Named, Tag("<other>")], Discriminator(kind)]
 
 
 def voice_name(voice: str | Named | None) -> str | None:

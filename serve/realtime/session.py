@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from covo_npu.runtime.audio import SAMPLE_RATE
 from covo_npu.serve.errors import invalid, unsupported
-from covo_npu.serve.schema import SAMPLING, Model, Sampled, Voice, misread, voice_name
+from covo_npu.serve.schema import SAMPLING, Model, Sampled, Voice, kind, misread, voice_name
 from covo_npu.serve.service import DEFAULT_VOICE, Service
 
 log = logging.getLogger(__name__)
 
+Limit = Annotated[Annotated[int, Tag("<other>")] | Annotated[Literal["inf"], Tag("<text>")], Discriminator(kind)]
 Encoding = Literal["audio/pcm", "audio/pcmu", "audio/pcma"]
 PCM: Encoding = "audio/pcm"
 G711_RATE = 8_000
@@ -91,7 +92,7 @@ class Asked(Sampled):
     model: str | None = None
     output_modalities: list[Literal["text", "audio"]] | None = None
     instructions: str | None = None
-    max_output_tokens: int | Literal["inf"] | None = None
+    max_output_tokens: Limit | None = None
     audio: Audio = Field(default_factory=Audio)
     tools: list[Any] | None = None
     prompt: Any = None

@@ -600,6 +600,15 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(model: CovoAudio, runni
         assert transcript(talk.ask(english)) == say(Session(model), english).text
 
 
+@pytest.mark.parametrize("limit", ["many", 1.5, {}])
+def test_a_field_of_several_types_is_named_as_it_was_sent(running: Running, limit: Any) -> None:
+    with talking(running) as talk:
+        talk.send("session.update", session={"max_output_tokens": limit})
+        error = talk.error()
+        assert (error["param"], error["message"].count("max_output_tokens")) == ("session.max_output_tokens", 1), error
+        assert talk.update(max_output_tokens="inf")["max_output_tokens"] == "inf"
+
+
 def test_half_a_character_is_refused_wherever_it_stands(running: Running) -> None:
     """JSON can spell it, UTF-8 cannot: no event could say it again. A whole one in two halves is one character."""
     item = user({"type": "input_audio", "audio": SHORT})
