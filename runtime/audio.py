@@ -200,7 +200,9 @@ def _require_within(
 
 def _taken_in(file: BinaryIO, source: str) -> BinaryIO:
     """Return what comes out of a pipe, in memory."""
-    data = file.read(MAX_PIPED_BYTES + 1)
+    data = bytearray()
+    while len(data) <= MAX_PIPED_BYTES and (more := file.read(MAX_PIPED_BYTES + 1 - len(data))):
+        data += more  # an unbuffered pipe gives what is there
     if len(data) > MAX_PIPED_BYTES:
         raise TooLongError(f"{source}: more than {MAX_PIPED_BYTES >> 20} MiB came out of this pipe: write a file first")
     return io.BytesIO(data)
@@ -228,7 +230,10 @@ def to_mono(samples: Any, source: str = "audio", warn: Warn = log.warning) -> Te
     Floats are taken as they are, integers are scaled to [-1, 1]. warn gets a line for everything that is odd. Raises
     AudioError naming the source if there are no samples, too many axes or channels, or NaN or infinite values.
     """
-    array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
+    if isinstance(samples, Tensor):
+        samples = samples.detach().cpu()
+        samples = samples.float() if samples.is_floating_point() else samples  # NumPy has no bfloat16
+    array = np.asarray(samples)
     if array.ndim not in (1, 2):
         raise AudioError(f"{source}: expected samples as [N] or [N, channels], found shape {list(array.shape)}")
     if array.size == 0:
@@ -242,7 +247,8 @@ def to_mono(samples: Any, source: str = "audio", warn: Warn = log.warning) -> Te
         array = array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":
         raise AudioError(f"{source}: expected floating-point or signed integer samples, found {array.dtype}")
-    array = array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what float32 does not hold is told below
+        array = array.astype(np.float32, copy=False)
     mix = Mix()
     mono = mix.add(array.reshape(len(array), -1), None if array.ndim == 1 else weights(array.shape[1]))
     found = _usable(torch.from_numpy(np.ascontiguousarray(mono)), source)
@@ -268,10 +274,10 @@ def prepare(samples: Tensor, rate: int, source: str = "audio") -> Tensor:
     """Return the waveform [N] at 24 kHz, N a multiple of 480. samples: [N] float32 at `rate` Hz.
 
     Trims to whole 10 ms, then pads to whole 20 ms. Raises AudioError naming the source if less than 10 ms are left or
-    the rate is not 1 Hz to 1 MHz. The resampling kernel is evaluated in float32 here.
+    the rate is no whole number of 1 Hz to 1 MHz. The resampling kernel is evaluated in float32 here.
     """
     _require_rate(rate, source)
-    waveform = resample(samples, rate, SAMPLE_RATE, torch.float32)
+    waveform = resample(samples, int(rate), SAMPLE_RATE, torch.float32)
     length = waveform.shape[0] // FRAME_SAMPLES * FRAME_SAMPLES
     if length == 0:
         milliseconds = 1000 * waveform.shape[0] / SAMPLE_RATE
@@ -279,7 +285,9 @@ def prepare(samples: Tensor, rate: int, source: str = "audio") -> Tensor:
     return F.pad(waveform[:length], (0, -length % (2 * FRAME_SAMPLES)))
 
 
-def _require_rate(rate: int, source: str) -> None:
+def _require_rate(rate: float, source: str) -> None:
+    if rate % 1:
+        raise AudioError(f"{source}: its sample rate of {rate} Hz is no whole number; resample it first")
     if not 0 < rate <= MAX_RATE:
         raise AudioError(f"{source}: its sample rate of {rate} Hz is outside 1 to {MAX_RATE} Hz; resample it first")
 

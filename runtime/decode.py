@@ -48,7 +48,8 @@ class Decoder:
     logits: float32 [n, V], what the last ids were chosen from in begin() or in a step that is not captured.
 
     A step feeds the last ids of the first n slots and replaces them by the next ones; nothing comes from the host. A
-    sequence that has ended may be fed once more: what that writes lies beyond its valid rows.
+    sequence that has ended may be fed once more: what that writes lies beyond its valid rows, or is the last row of a
+    full slot, which nothing reads any more.
     """
 
     def __init__(self, llm: Qwen2, cache: KVCache, capture: Capture | None = None) -> None:
@@ -108,7 +109,6 @@ class Decoder:
         """Feed the last ids of the first slots and sample the next: ids, or NOT_FINITE."""
         slots, max_length = slice(0, num_slots), self.cache.max_length
         lengths = [min(length + 1, max_length) for length in self._lengths[slots]]
-        self._lengths[slots] = lengths
         self.sampler.prepare(slots)
         if self._capture and not self._masks_hold(self._capture, num_slots, step_bound(max(lengths), max_length)):
             self._capture = None
@@ -118,6 +118,7 @@ class Decoder:
             self._advance(slots, self.logits)
         else:
             self._replay(self._capture, num_slots, step_bound(max(lengths), max_length))
+        self._lengths[slots] = lengths
         return Readback(self._told[slots])
 
     def move(self, source: int, target: int) -> None:

@@ -267,6 +267,7 @@ class Engine:
     def drain(self, ticket: Ticket) -> Iterator[Event]:
         """Yield the events of one ticket to its last, doing the work meanwhile; who leaves early cancels the question.
 
+        The last is Done or Failed, but where the question was cancelled or interrupted from elsewhere.
         Several threads may drain an engine: each takes steps for all and keeps the events of the others for them.
         """
         try:
@@ -278,6 +279,8 @@ class Engine:
                             self._undelivered.setdefault(event.ticket, deque()).append(event)
                     events = list(own)
                     own.clear()
+                    if not events and self._under_way(ticket) is None:
+                        return
                 for event in events:
                     yield event
                     if isinstance(event, Done | Failed):

@@ -30,7 +30,7 @@ class LeadingDecoder(Decoder):
         self._leader, self._handle = leader, leader.handle()
         with leader.command("open", self._handle, cache.num_slots, cache.max_length):
             pass
-        weakref.finalize(self, _close, leader, self._handle)
+        weakref.finalize(self, leader.drop, self._handle)
 
     def fill(self, slot: int, embeddings: Tensor, start: int) -> Tensor:
         with self._leader.command("fill", self._handle, slot, embeddings.shape[0], start):
@@ -84,12 +84,6 @@ class _Watched(Readback):
     def tokens(self) -> list[int]:
         with self._leader.watched():
             return self._coming.tokens()
-
-
-def _close(leader: Leader, handle: int) -> None:
-    if not leader.fault:
-        with leader.command("close", handle):
-            pass
 
 
 class _Mirror:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -101,6 +102,7 @@ class Leader:
         self._worked: dict[int, float] = {}  # seconds of processor time that each rank has used
         self._waits, self._moved = 0, 0.0  # watched blocks, which may stand in one another; when a rank last moved
         self._handles = 0
+        self._dropped: deque[int] = deque()  # handles of what followers may free
         self._closing, self._on_cpu = False, False
         self._threads = 0  # that this process had, if it shares them
         host = os.environ["MASTER_ADDR"] if launched() else "127.0.0.1"
@@ -152,13 +154,25 @@ class Leader:
         self._handles += 1
         return self._handles
 
+    def drop(self, handle: int) -> None:
+        """Let followers free what they keep under a handle, with the next command.
+
+        The collector may call this in any thread, whatever that thread holds: it takes no lock.
+        """
+        self._dropped.append(handle)
+
     @contextlib.contextmanager
     def command(self, name: str, handle: int, *arguments: Any) -> Iterator[None]:
         """Let all followers do what the caller does inside. Raises RankError for whatever fails there."""
         with self.watched():
-            for link in self._links.values():
-                link.tell({"do": name, "handle": handle, "with": arguments})
+            while self._dropped:
+                self._tell("close", self._dropped.popleft())
+            self._tell(name, handle, *arguments)
             yield
+
+    def _tell(self, name: str, handle: int, *arguments: Any) -> None:
+        for link in self._links.values():
+            link.tell({"do": name, "handle": handle, "with": arguments})
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -75,6 +75,7 @@ class Sampler:
         self._noise = torch.ones(num_slots, 0, device=device)  # a block [steps, candidates] a slot, flat
         self._place = torch.zeros(num_slots, dtype=torch.int64, device=device)  # where the next step's noise starts
         self._width = torch.ones(num_slots, dtype=torch.int64, device=device)  # candidates of a step
+        self._stride = torch.zeros_like(self._width)  # noise that a step uses: the same, or 0 of a greedy row
         self._used = [0] * num_slots  # steps taken from the block, on the host
         self._generators = [torch.Generator() for _ in range(num_slots)]
         self._widened = 0  # how often buffers were replaced by wider ones
@@ -106,6 +107,8 @@ class Sampler:
         self._recent[slot].copy_(padded[len(padded) - width :])
         self._outside[slot].copy_(torch.arange(width) < width - sampling.window)
         self._width[slot : slot + 1].fill_(candidates)
+        self._stride[slot : slot + 1].fill_(candidates if sampling.temperature else 0)
+        self._place[slot : slot + 1].zero_()
         self._generators[slot] = torch.Generator().manual_seed(seed)
         self._used[slot] = steps
 
@@ -146,7 +149,7 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Let the round of slot `source` go on in slot `target`."""
-        for tensor in (*self.state, *self._settings.tensors, self._outside, self._noise, self._width):
+        for tensor in (*self.state, *self._settings.tensors, self._outside, self._noise, self._width, self._stride):
             tensor[target].copy_(tensor[source])
         self._rows[target], self._used[target] = self._rows[source], self._used[source]
         self._generators[target] = self._generators[source]
@@ -177,7 +180,7 @@ class Sampler:
         # Columns beyond a row's own candidates have probability 0, whatever noise they meet.
         columns = torch.arange(count, device=scores.device).remainder(width[:, None])
         noise = self._noise[slots].gather(1, place[:, None] + columns)
-        place.add_(width)
+        place.add_(self._stride[slots])
         choice = (kept.softmax(-1) / noise).argmax(-1, keepdim=True)
         return candidates.gather(1, choice)[:, 0]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from covo_npu.kernels.errors import CovoError
 from covo_npu.runtime.engine import Dialogue, Engine
 from covo_npu.runtime.events import Audio, Done, Event, Failed, Progress, Reply, Text
 from covo_npu.runtime.model import CovoAudio
@@ -42,8 +43,10 @@ class Session:
 
         source: path of an audio file, an open one, its bytes, or samples [N] or [N, channels] with their sample_rate;
         on_text gets the text as it is generated, on_progress (stage, done, total) while speech is made, on_audio its
-        samples [n] at 24 kHz. Raises AudioError or ContextError and leaves the dialogue as it was.
+        samples [n] at 24 kHz. Raises AudioError or ContextError and leaves the dialogue as it was; CovoError if the
+        question was cancelled from elsewhere.
         """
+        reply = None
         for event in self._events(source, sample_rate, self.ask):
             if isinstance(event, Text) and on_text:
                 on_text(event.text)
@@ -51,8 +54,11 @@ class Session:
                 on_progress(event.stage, event.done, event.total)
             elif isinstance(event, Audio) and on_audio:
                 on_audio(event.samples)
-        assert isinstance(event, Done)
-        return event.reply
+            elif isinstance(event, Done):
+                reply = event.reply
+        if reply is None:
+            raise CovoError("the question was cancelled before its reply was there")
+        return reply
 
     def stream(self, source: Any, sample_rate: int | None = None) -> Iterator[Event]:
         """Yield the events of the reply to one spoken question as they happen; the last one is Done.

@@ -119,7 +119,7 @@ class SpeechStream:
         if wrong := sorted({code for code in codes if not 0 <= code < num_codes}):
             self._ended = self.over = True
             raise CovoError(f"audio codes must be in 0..{num_codes - 1}, found {wrong[:10]}")
-        self._waiting += codes
+        self._waiting.extend(map(int, codes))
 
     def end(self) -> None:
         """No codes follow."""

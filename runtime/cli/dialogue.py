@@ -32,21 +32,23 @@ LIMITS = {"length": "--max-new-tokens reached", "context": "the context is full"
 def converse(
     session: Session, wav: tuple[str, ...], output: Path | None, screen: Screen, report: dict[str, Any]
 ) -> bool:
-    """Return whether a round failed. Fills the report's rounds and errors.
+    """Return whether the dialogue failed. Fills the report's rounds and errors.
 
     output: the folder of the replies' WAV files, None: raw samples to stdout. A question that cannot be used ends the
-    dialogue if it was an argument; if it was typed or piped, only its round.
+    dialogue if it was an argument; if it was typed or piped, only its round. Who typed it has seen the message: that
+    is no failure. Any other error ends the dialogue.
     """
+    failed = False
     for question in wav or _typed(screen):
         try:
             _round(session, question, output, screen, report)
         except CovoError as error:
             screen.error(str(error))
             report["errors"].append({"input": question, "message": str(error)})
-            if wav or not isinstance(error, AudioError | ContextError):
+            if failed := bool(wav) or not isinstance(error, AudioError | ContextError):
                 break
-    at_terminal = not wav and console.is_terminal(sys.stdin)  # who typed has seen the message
-    return bool(report["errors"]) and not at_terminal
+    at_terminal = not wav and console.is_terminal(sys.stdin)
+    return failed or (bool(report["errors"]) and not at_terminal)
 
 
 def _typed(screen: Screen) -> Iterator[str]:

@@ -24,6 +24,7 @@ DATA = Path(__file__).parents[1] / "data"
 SHORT = ("question_en_48k_24bit", "question_zh_44k_stereo")
 LONG = "long_16k_over30s"
 SAMPLES = 1e-6  # how far prepared and resampled waveforms may be from upstream's
+SOUND = torch.sin(torch.arange(44100) * 0.05)
 
 
 def golden(name):
@@ -205,6 +206,24 @@ def test_odd_rates_keep_the_kernel_small():
 def test_an_absurd_rate_is_refused(rate):
     with pytest.raises(AudioError, match=f"audio: its sample rate of {rate} Hz is outside"):
         audio.prepare(torch.zeros(48000), rate)
+
+
+@pytest.mark.parametrize("rate", [44100.5, float("nan"), float("inf")])
+def test_a_rate_that_is_no_whole_number_is_refused(rate):
+    with pytest.raises(AudioError, match=f"audio: its sample rate of {rate} Hz is no whole number"):
+        audio.prepare(torch.zeros(48000), rate)
+    assert torch.equal(audio.prepare(SOUND, 44100.0), audio.prepare(SOUND, 44100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_samples_of_any_float_dtype_are_taken(dtype):
+    assert torch.equal(audio.to_mono(SOUND.to(dtype)), SOUND.to(dtype).float())
+
+
+def test_samples_beyond_float32_are_told_once(recwarn):
+    with pytest.raises(AudioError, match="1 of 3 samples are NaN or infinite, the first at 1"):
+        audio.to_mono(np.array([0.0, 1e39, 0.0]))
+    assert not recwarn
 
 
 # Framing and counting

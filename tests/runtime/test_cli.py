@@ -18,7 +18,11 @@ import pytest
 import soundfile
 
 from covo_npu.runtime import CovoAudio, audio
+from covo_npu.runtime.audio import AudioError
+from covo_npu.runtime.cli import dialogue
 from covo_npu.runtime.cli import run as cli
+from covo_npu.runtime.cli.console import Screen
+from covo_npu.runtime.engine import NotFiniteError
 from covo_npu.runtime.options import SpeechBlocks
 
 AUDIO = Path(__file__).parents[1] / "data" / "audio"
@@ -325,6 +329,21 @@ def test_interactive_dialogue_goes_on_after_a_bad_path(ckpt, tmp_path):
     assert process.wait(timeout=60) == 0
     os.close(primary)
     assert "missing.wav: does not exist" in shown and "first token" in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("error", "failed"), [(NotFiniteError("broken"), True), (AudioError("typed wrong"), False)])
+def test_what_ends_a_typed_dialogue_is_a_failure(monkeypatch, error, failed):
+    """Who typed a wrong path has seen the message; broken weights end the program."""
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(dialogue, "_typed", lambda screen: ["one.wav", "two.wav"])
+    monkeypatch.setattr(dialogue, "_round", fails)
+    monkeypatch.setattr(dialogue.console, "is_terminal", lambda stream: True)
+    report = {"rounds": [], "errors": []}
+    assert dialogue.converse(None, (), None, Screen("covo-run", quiet=True), report) is failed
+    assert len(report["errors"]) == (1 if failed else 2)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,16 @@ def test_audio_from_pipes(unseekable, tmp_path):
     assert int(done.stdout) == len(FIRST), done.stderr
 
 
+def test_an_unbuffered_pipe_is_heard_to_its_end(tmp_path):
+    """One read of it gives no more than what is there."""
+    data = encoded(np.tile(FIRST, 20), "WAV")
+    assert len(data) > 1 << 17
+    (tmp_path / "long.wav").write_bytes(data)
+    with subprocess.Popen(["cat", tmp_path / "long.wav"], stdout=subprocess.PIPE, bufsize=0) as cat:
+        samples, _ = audio.decode_audio(cat.stdout)
+    assert np.array_equal(samples.numpy(), alone(data))
+
+
 def test_a_pipe_that_does_not_end_is_refused(monkeypatch):
     monkeypatch.setattr(audio, "MAX_PIPED_BYTES", 1000)
     reader, writer = os.pipe()

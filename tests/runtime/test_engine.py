@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runtime.tape import Tape
 from torch import Tensor
 
@@ -625,6 +626,54 @@ def test_who_stops_listening_cancels(model: CovoAudio, told: Told) -> None:
             break
     assert chat.engine.free_slots == 1 and chat.dialogue.ticket is None
     assert chat.say(ENGLISH).tokens == expected
+
+
+def test_a_question_that_is_cancelled_from_elsewhere_ends_whoever_waits_for_it(model: CovoAudio, told: Told) -> None:
+    ask = Ask("a2t", max_new_tokens=30)
+    chat, expected = Session(model, ask), told(ask, ENGLISH)[0].tokens
+    events = chat.stream(ENGLISH)
+    next(events)
+    assert chat.dialogue.ticket is not None
+    chat.engine.cancel(chat.dialogue.ticket)
+    assert list(events) == []
+
+    def cancel(text: str) -> None:
+        chat.engine.forget(chat.dialogue)
+
+    with pytest.raises(CovoError, match="the question was cancelled"):
+        chat.say(ENGLISH, on_text=cancel)
+    assert chat.say(ENGLISH).tokens == expected
+
+
+def test_a_step_that_fails_is_taken_again(
+    convert_tiny: Callable[[str], Path], english: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory for a moment: whoever steps again goes on as if nothing had been, bit for bit."""
+    model = CovoAudio.load(convert_tiny("float32"), device="cpu", dtype="float32", max_context=900)
+    rows: list[Tensor] = []
+    logits = model.networks.llm.logits
+
+    def record(hidden: Tensor) -> Tensor:
+        rows.append(logits(hidden))
+        return rows[-1].clone()
+
+    def steps(fails: bool) -> list[Tensor]:
+        engine, ended = Engine(model), False
+        engine.submit(Dialogue(), english, Ask("a2t", max_new_tokens=12))
+        rows.clear()
+        monkeypatch.setattr(model.networks.llm, "logits", record)
+        while not ended:
+            if fails and len(rows) == 5:
+                monkeypatch.setattr(model.networks.llm, "logits", raising(RuntimeError("can't allocate memory")))
+                with pytest.raises(RuntimeError, match="can't allocate"):
+                    engine.step()
+                monkeypatch.setattr(model.networks.llm, "logits", record)
+                fails = False
+            ended = any(isinstance(event, Done) for event in engine.step())
+        return list(rows)
+
+    found, expected = steps(True), steps(False)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_one_question_of_a_dialogue_at_a_time(model: CovoAudio, english: Tensor) -> None:

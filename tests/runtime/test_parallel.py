@@ -5,6 +5,7 @@ Logits: by float32's bound for the goldens, whose sums have another order as wel
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -212,6 +213,30 @@ def test_after_a_step_that_broke_off_nothing_is_computed(
             chat.say(ENGLISH)
         with pytest.raises(RankError, match=says):
             chat.say(ENGLISH)
+
+
+def test_what_an_engine_leaves_is_freed_with_the_next_command(
+    model: CovoAudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector drops it, in whatever thread and whatever that holds: nothing is sent from there."""
+    told: list[tuple[str, int]] = []
+    tell = ranks.Link.tell
+
+    def noted(link: ranks.Link, message: ranks.Message) -> None:
+        if "do" in message:
+            told.append((message["do"], message["handle"]))
+        tell(link, message)
+
+    monkeypatch.setattr(ranks.Link, "tell", noted)
+    gc.collect()  # of other tests
+    engine = Engine(model, 2)
+    [*_, (name, handle)] = told
+    told.clear()
+    del engine
+    gc.collect()
+    assert name == "open" and not told
+    Session(model, mode="a2t", max_new_tokens=2).say(ENGLISH)
+    assert told[:2] == [("close", handle), ("open", handle + 1)]
 
 
 def test_a_closed_model_says_so(no_ranks: None, two_ranks: Path) -> None:

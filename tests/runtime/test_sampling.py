@@ -182,6 +182,22 @@ def test_slots_with_settings_of_their_own_sample_as_if_alone() -> None:
         assert tokens(alone, logits[20 * slot :, slot]) == together[slot]
 
 
+def test_a_greedy_slot_stays_beside_sampled_ones_for_as_long_as_it_likes() -> None:
+    """It uses no noise: its place in it stays where it is, in a slot that a sampled round has left behind, too."""
+    logits = logits_of(10, 900, 300) * 0.3  # more than three blocks of noise
+    alone = [tokens(started(sampling, 1, 300, {0: 5}), logits) for sampling in (GREEDY, WARM)]
+    batch = started(WARM, 2, 300, {0: 4, 1: 5})
+    batch.prepare(slice(0, 2))
+    batch.next(logits[:2], slice(0, 2))
+    batch.begin(0, torch.tensor([1, 2, 3]), 5, GREEDY)
+    batch.begin(1, torch.tensor([1, 2, 3]), 5, WARM)
+    together: list[list[int]] = []
+    for row in logits:
+        batch.prepare(slice(0, 2))
+        together.append(batch.next(row.expand(2, -1), slice(0, 2)).tolist())
+    assert [list(ids) for ids in zip(*together, strict=True)] == alone
+
+
 def test_the_form_tells_apart_what_a_capture_must() -> None:
     sampler, slots = Sampler(2, 300, CPU), slice(0, 2)
     forms = []

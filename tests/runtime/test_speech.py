@@ -419,4 +419,8 @@ def test_the_model_of_a_checkpoint_streams(convert_tiny: Any, device: str) -> No
     whole, blocks = model.token2wav(codes, seed=2), model.token2wav(codes, seed=2, blocks=SpeechBlocks())
     assert whole.shape == blocks.shape and not np.array_equal(whole, blocks)
     assert np.array_equal(spoken(model.speech_stream(SpeechBlocks(), 2), codes, cuts=[3, 33]), blocks)
+    assert np.array_equal(model.token2wav(np.array(codes), seed=2, blocks=SpeechBlocks()), blocks)
+    mixed = model.speech_stream(SpeechBlocks(), 2)
+    pieces = (mixed.push(codes[:3]), mixed.push(np.array(codes[3:])), mixed.finish())
+    assert np.array_equal(np.concatenate(pieces), blocks)
     assert speech.MAX_FRAMES == 4096
