@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,17 @@ from covo_npu.runtime import CovoAudio
 from covo_npu.runtime.audio import read_audio
 from covo_npu.runtime.resampling import resample
 from covo_npu.runtime.wav import write_wav
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A test that configures the server's log lets it write to a stderr that ends with the test."""
+    loggers = [logging.getLogger(name) for name in ("covo_npu.serve", "uvicorn")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
