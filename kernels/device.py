@@ -71,7 +71,7 @@ def rank_device(name: str, rank: int) -> torch.device:
     """Return the device of a rank of this machine, ready for use: so many behind `name`. A CPU serves all of them."""
     if rank == 0:
         return open_device(name)
-    if name == "auto":  # rank 0 chooses in the same order
+    if name == "auto":  # rank 0 chooses in the same order, but passes over an NPU that cannot be used: name the device
         name = "npu" if importlib.util.find_spec("torch_npu") else "cuda" if torch.cuda.device_count() else "cpu"
     kind, _, index = name.partition(":")
     return open_device(kind if kind == "cpu" else f"{kind}:{int(index or 0) + rank}")

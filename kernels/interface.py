@@ -60,8 +60,9 @@ class Kernels(Protocol):
     def linear_int8(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return (x @ weight.T) * scale + bias in x.dtype: [..., C_out]. Weights in 8 bits, a scale an output channel.
 
-        x: [..., C_in]; weight: [C_out, C_in] int8; scale, bias: [C_out], of any floating dtype; those of int8_dtypes
-        cost nothing. Sums run in float32. Weights are never held in another form for longer than the call.
+        x: [..., C_in]; weight: [C_out, C_in] int8; scale, bias: [C_out], of any floating dtype; they may be
+        rounded to those of int8_dtypes, which cost nothing. Sums run in float32; bfloat16 may round them once before
+        the scale. Weights are never held in another form for longer than the call.
         """
         ...
 
@@ -148,7 +149,7 @@ class Kernels(Protocol):
         """Return grouped-query attention of one token a slot: [B, H, D].
 
         q: [B, H, D] for slots 0 .. B - 1; caches: [B_max, G, K_max, D]; lengths: valid rows of each slot, the new
-        token's own included. Rows past a length are not read.
+        token's own included, so at least 1. Rows past a length are not read. scale: above 0.
         """
         ...
 

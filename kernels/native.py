@@ -51,13 +51,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The weights become numbers of x's dtype, which is exact, while they are multiplied; on the CPU block by block."""
+    """The weights become numbers of x's dtype, which is exact, while they are multiplied; on the CPU block by block.
+
+    float16 is multiplied in float32: sums that lack their scale leave its range.
+    """
     return _widened_linear(x, weight, scale, bias)
 
 
 def _widened_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return (x @ weight.T) * scale + bias in x.dtype, the weights made wider for the call; on the CPU by blocks."""
-    size_out, wide = weight.shape[0], _fast(x)
+    size_out = weight.shape[0]
+    wide = x.float() if scale is not None and x.dtype == torch.float16 else _fast(x)
     block = WIDENED_ROWS if x.device.type == "cpu" else size_out
     out = x.new_empty(*x.shape[:-1], size_out)
     for start in range(0, size_out, block):

@@ -22,7 +22,8 @@ class CPU:
     """The backend `cpu`: a Kernels. choice: which implementation multiplies what, and with which instructions.
 
     With the same choice a machine gives the same bits, for any number of threads. A row of a product does not depend on
-    the other rows: in C it does not even depend on how many there are, up to where Choice goes over to PyTorch.
+    the other rows: in C it does not even depend on how many there are, up to where Choice goes over to PyTorch. But
+    for weights in 8 bits on AMX: from 11 rows on, and beside a row that is not finite, sums are others.
     """
 
     name = "cpu"

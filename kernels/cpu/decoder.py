@@ -18,6 +18,7 @@ class Layers:
     def __init__(self, choice: Choice, layers: Sequence[LayerWeights], eps: float, scale: float) -> None:
         self.choice, self.eps, self.scale = choice, eps, scale
         self._held: list[Tensor] = []
+        library.require_contiguous(*(cache for layer in layers for cache in (layer.keys, layer.values)))
         self._layers = (library.Layer * len(layers))(*map(self._layer, layers))
         first = layers[0]
         self._type, self._weights = library.TYPES[first.keys.dtype], _weights(first)
@@ -33,7 +34,7 @@ class Layers:
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out, residual = torch.empty_like(x), torch.empty_like(x)
         pointers = (tensor.data_ptr() for tensor in (x, cos, sin))
-        slots = (library.Long * len(lengths))(*lengths)
+        slots = library.valid_rows(lengths, self._sizes[-1])
         results = out.data_ptr(), residual.data_ptr()
         job = library.Decoder(
             self._layers, *pointers, slots, *results, len(self._layers), len(lengths), *self._sizes,

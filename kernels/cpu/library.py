@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -212,16 +213,30 @@ def served_linear(
     return y, _name(_checked(served))
 
 
+def require_contiguous(*caches: Tensor) -> None:
+    """Raise ValueError for a cache that does not lie as its shape says: the library reads and writes it in place."""
+    if not all(cache.is_contiguous() for cache in caches):
+        raise ValueError(f"a cache must be contiguous, found strides {[cache.stride() for cache in caches]}")
+
+
+def valid_rows(lengths: Sequence[int], max_length: int) -> ctypes.Array[ctypes.c_long]:
+    """Return lengths as the library takes them. Raises ValueError for one that is not 1 to max_length."""
+    if not all(0 < length <= max_length for length in lengths):
+        raise ValueError(f"lengths must be 1 to {max_length}, found {list(lengths)}")
+    return (Long * len(lengths))(*lengths)
+
+
 def decode_attention(
     best: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float
 ) -> Tensor:
     """Return Kernels.decode_attention for heads of a multiple of 32: scores, weights and sums in float32."""
     num_slots, num_heads, head_dim = q.shape
     _, num_kv_heads, max_length, _ = k_cache.shape
+    require_contiguous(k_cache, v_cache)
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
     served = library().covo_decode_attention(
         _numbers()[best], torch.get_num_threads(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        (Long * num_slots)(*lengths), out.data_ptr(), TYPES[q.dtype],
+        valid_rows(lengths, max_length), out.data_ptr(), TYPES[q.dtype],
         num_slots, num_heads, num_kv_heads, max_length, head_dim, scale,
     )  # fmt: skip
     _checked(served)

@@ -92,6 +92,17 @@ def test_bits_do_not_depend_on_threads(best: str) -> None:
         assert torch.equal(library.decode_attention(best, q, k, v, [700, 400], 0.1), found)
 
 
+def test_caches_and_lengths_that_do_not_fit_are_refused() -> None:
+    """The library would read or write beside the cache."""
+    q, k, v = inputs(2, 4, 2, 32, [3, 4], torch.bfloat16)
+    for lengths in ([0, 4], [3, 721], [-1, 1]):
+        with pytest.raises(ValueError, match="lengths must be 1 to 720, found"):
+            library.decode_attention(SETS[0], q, k, v, lengths, 0.2)
+    for caches in ((k.mT.contiguous().mT, v), (k, v.mT.contiguous().mT)):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            library.decode_attention(SETS[0], q, *caches, [3, 4], 0.2)
+
+
 def test_heads_of_other_sizes_are_pytorchs() -> None:
     q, k, v = inputs(2, 4, 2, 24, [30, 9], torch.float32)
     backend = CPU(Choice.unmeasured())

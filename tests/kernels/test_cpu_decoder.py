@@ -75,6 +75,18 @@ def test_one_layer_and_a_head_of_its_own() -> None:
     assert same(decoded(llm, torch.bfloat16, [9, 2], at_once=True), expected)
 
 
+def test_caches_and_lengths_that_do_not_fit_are_refused() -> None:
+    llm = random_qwen2(SIZES, CPU(Choice(library.usable_sets()[0])), torch.bfloat16)
+    cache = filled(SIZES, torch.bfloat16, 1)
+    layers, x, angles = llm.in_one_call(cache), torch.zeros(1, 100).bfloat16(), torch.ones(1, 32).bfloat16()
+    for length in (0, ROWS + 1):
+        with pytest.raises(ValueError, match=f"lengths must be 1 to {ROWS}, found"):
+            layers(x, angles, angles, [length])
+    strided = replace(cache, values=tuple(rows.mT.contiguous().mT for rows in cache.values))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        llm.in_one_call(strided)
+
+
 def test_where_c_does_not_multiply_layers_follow_each_other() -> None:
     best = library.usable_sets()[0]
     for kernels in (CPU(Choice(best, fixed=PYTORCH)), CPU(Choice(best, {(100, 75, torch.bfloat16, 1): PYTORCH}))):

@@ -105,6 +105,8 @@ def test_gates_of_any_size(best: str, dtype: torch.dtype) -> None:
     found = backend(best).swiglu(torch.cat((gates, torch.ones_like(gates)))[None])[0].float()
     assert (found[1:6].abs() < 1e-33).all() and torch.equal(found[6:9], gates[6:9].float())
     assert not found[[0, 8, 9]].isfinite().any()
+    least = torch.tensor([[torch.finfo(dtype).min, 1.0]]).to(dtype)
+    assert backend(best).swiglu(least).float().abs() < 1e-33
 
 
 @each_dtype

@@ -3,6 +3,7 @@
 #include "covo.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -23,7 +24,11 @@ static const Set *const SETS[] = {
 EXPORT const char *covo_set_name(int i) { return i < NUM_SETS ? SETS[i]->name : NULL; }
 
 /* Whether this machine executes set number i. */
-EXPORT int covo_set_here(int i) { return SETS[i]->here(); }
+EXPORT int covo_set_here(int i) {
+  static atomic_char known[NUM_SETS]; /* 0: nobody has asked; 1: it does not; 2: it does */
+  if (!known[i]) known[i] = SETS[i]->here() ? 2 : 1;
+  return known[i] == 2;
+}
 
 #ifndef COVO_SOURCES
 #define COVO_SOURCES "unknown"
@@ -106,7 +111,7 @@ static void multiply(void *job) {
 EXPORT int covo_linear(int i, int threads, const void *x, int x_type, const void *weight, int weight_type,
                        const float *scale, const void *bias, void *y, long M, long N, long K) {
   Product p = {.linear = {x, weight, bias, scale, y, NULL, M, N, K, x_type, weight_type, x_type, N}};
-  while (i < NUM_SETS - 1 && !(SETS[i]->here() && SETS[i]->serves(&p.linear))) i++;
+  while (i < NUM_SETS - 1 && !(covo_set_here(i) && SETS[i]->serves(&p.linear))) i++;
   if (!M || !N) return i;
   p.set = SETS[i];
   if (threads > MAX_THREADS) threads = MAX_THREADS;
@@ -200,7 +205,7 @@ EXPORT int covo_decode_attention(int i, int threads, const void *query, const vo
                                                type}};
   p.product = (Linear){.M = R, .N = CHUNK, .K = D, .x_type = type, .weight_type = type, .y_type = FLOAT32,
                        .y_stride = CHUNK};
-  while (!SETS[i]->here() || !SETS[i]->serves(&p.product)) i++;
+  while (!covo_set_here(i) || !SETS[i]->serves(&p.product)) i++;
   p.products = SETS[i];
   p.piece_bytes = R * CHUNK * 4 + round_up(p.products->prepared_bytes(&p.product), 64) +
                   round_up(p.products->scratch_bytes(&p.product), 64);

@@ -59,7 +59,8 @@ static TARGET void SET(rotary)(const void *job, long row) { OF_TYPE(((const Rota
 INLINE void SET(open)(void *restrict y, const void *restrict gates, const void *restrict ups, long F, const int type) {
   for (long f = 0; f < F; f++) {
     const float gate = get(gates, f, type), least = gate < -87.0f ? -87.0f : gate; /* a NaN stays one */
-    put(y, f, type, gate / (1 + SET(exponential)(-least)) * get(ups, f, type));
+    const float top = gate < -87.0f ? 0.0f * gate - 87.0f : gate;                   /* and -inf becomes one */
+    put(y, f, type, top / (1 + SET(exponential)(-least)) * get(ups, f, type));
   }
 }
 
